@@ -1,0 +1,29 @@
+"""CREST: mini-batch coresets for training deep networks."""
+
+from torchcrest.baselines import RandomBatches
+from torchcrest.config import CrestConfig
+from torchcrest.crest import Crest
+from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, TorchcrestError
+from torchcrest.objectives import Classification, Objective, Regression
+from torchcrest.solvers import coreset, facility_location
+from torchcrest.types import BatchLoader, Stats, WeightedBatch
+
+__version__ = "0.1.0"
+__all__ = [
+    "BatchLoader",
+    "CheckpointError",
+    "Classification",
+    "ConfigError",
+    "Crest",
+    "CrestConfig",
+    "DataError",
+    "NonFiniteLossError",
+    "Objective",
+    "RandomBatches",
+    "Regression",
+    "Stats",
+    "TorchcrestError",
+    "WeightedBatch",
+    "coreset",
+    "facility_location",
+]

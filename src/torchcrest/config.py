@@ -1,0 +1,247 @@
+"""The settings of CREST, each a part of the algorithm that can be varied or switched off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_type_hints
+
+from torchcrest.errors import ConfigError, must
+
+__all__ = ["PRESETS", "CrestConfig", "suggest"]
+
+Curvature = Literal["rms", "signed", "unsmoothed", "first_order"]
+Check = Literal["paired", "none"]
+Proxy = Literal["outputs", "last_layer"]
+MeasureMode = Literal["eval", "batch_statistics"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrestConfig:
+    """Settings of :class:`torchcrest.Crest`; symbols are those of the paper (arXiv 2306.01244).
+
+    Attributes:
+        batch_size: m, examples in each mini-batch coreset.
+        pool_size: r, examples in the random subset from which a coreset is picked; at least m.
+        tolerance: tau, largest relative error of the quadratic model before a new region begins.
+        interval_scale: h, steps between checks while the curvature is what it was at the start.
+        coresets_per_step: b, coresets picked for each step of the check interval (paper: 5).
+        max_interval: largest number of steps between two checks.
+        max_coresets: most coresets of one region; beyond it coresets are used more than once.
+        gradient_decay: beta1, decay of the running mean of gradients (Eq. 8).
+        curvature_decay: beta2, decay of the running mean of the curvature (Eq. 9).
+        curvature: ``signed`` smooths Hutchinson's estimate of the Hessian's diagonal as it is; ``rms``,
+            the paper's, takes the root of the mean of its squares; ``unsmoothed`` keeps the newest
+            gradient and estimate alone; ``first_order`` uses no curvature.
+        curvature_coresets: how many of a region's coresets feed gradient and curvature; None: all.
+        check: ``paired`` compares the model with the loss of the same examples, every interval;
+            ``none`` never checks and begins a new region every interval.
+        exclude: stop drawing examples that are learned.
+        learned_loss: alpha, an example whose loss stays below it is learned.
+        learned_interval: T2, steps (an int), or share of ``len(crest)`` (a float up to 1), over which the
+            loss must stay below ``learned_loss``.
+        weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
+            batch. 1: the paper's; 0: uniform.
+        stratify: pick from each class its share, where there are class labels; else from the whole pool.
+        proxy: ``outputs`` compares gradients with respect to the model's outputs; ``last_layer`` those of
+            the whole last linear layer.
+        measure_mode: ``eval`` measures in evaluation mode; ``batch_statistics`` lets batch normalisation
+            that is in training mode use the pool's statistics. Buffers are left alone in both.
+
+    Raises:
+        ConfigError: any setting is out of range; all problems are listed at once.
+    """
+
+    batch_size: int = 128
+    pool_size: int = 512
+    tolerance: float = 0.05
+    interval_scale: float = 10.0
+    coresets_per_step: float = 1.0
+    max_interval: int = 100
+    max_coresets: int = 100
+    gradient_decay: float = 0.9
+    curvature_decay: float = 0.999
+    curvature: Curvature = "rms"
+    curvature_coresets: int | None = 1
+    check: Check = "paired"
+    exclude: bool = True
+    learned_loss: float = 0.1
+    learned_interval: int | float = 0.1
+    weight_power: float = 1.0
+    stratify: bool = True
+    proxy: Proxy = "outputs"
+    measure_mode: MeasureMode = "eval"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work, naming all of them."""
+        if problems := list(_problems(self)):
+            raise ConfigError(problems)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> CrestConfig:
+        """Return the settings of one of the paper's experiments.
+
+        Args:
+            name: ``cifar10``, ``cifar100``, ``tinyimagenet`` or ``snli``.
+            overrides: settings to change, by name.
+
+        Raises:
+            ConfigError: no such preset or setting.
+
+        >>> CrestConfig.preset("snli", tolerance=0.1).pool_size
+        2850
+        """
+        if name not in PRESETS:
+            raise ConfigError(must("preset", f"be one of {', '.join(PRESETS)}", name, suggest(name, PRESETS)))
+        fields = get_type_hints(cls)
+        for key in overrides:
+            if key not in fields:
+                raise ConfigError(must("overrides", "name settings", key, suggest(key, fields)))
+        return cls(**{**PRESETS[name], **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain numbers and strings."""
+        return asdict(self)
+
+
+# The paper's settings; b, alpha and the smoothing of both g and H are common to all four. T2 = 20 epochs
+# of 200, a tenth of training. The caps are ours: the paper's T1 and P have none.
+_PAPER: dict[str, Any] = {
+    "coresets_per_step": 5.0,
+    "curvature": "rms",
+    "curvature_coresets": None,
+    "learned_loss": 0.1,
+    "learned_interval": 0.1,
+    "weight_power": 1.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": {**_PAPER, "tolerance": 0.05, "interval_scale": 1.0, "pool_size": 500, "batch_size": 128},
+    "cifar100": {**_PAPER, "tolerance": 0.01, "interval_scale": 10.0, "pool_size": 500, "batch_size": 128},
+    "tinyimagenet": {
+        **_PAPER,
+        "tolerance": 0.005,
+        "interval_scale": 1.0,
+        "pool_size": 1000,
+        "batch_size": 128,
+    },
+    "snli": {**_PAPER, "tolerance": 0.05, "interval_scale": 4.0, "pool_size": 2850, "batch_size": 32},
+}
+
+
+def suggest(word: str, known: Any) -> str:
+    """Say which of the known words may have been meant.
+
+    >>> suggest("randm", ["random", "crest"])
+    'Did you mean random?'
+    """
+    close = get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(map(str, known))}."
+
+
+def _problems(config: CrestConfig) -> list[str]:
+    """List what is wrong with the settings, in their order."""
+    found: list[str] = []
+
+    def whole(name: str, least: int, do: str, optional: bool = False) -> bool:
+        value = getattr(config, name)
+        if optional and value is None:
+            return True
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not good:
+            found.append(must(name, f"be a whole number of at least {least}", value, do))
+        return good
+
+    def number(name: str, want: str, low: float, high: float, do: str, *, open_low: bool, open_high: bool) -> None:
+        value = getattr(config, name)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = good and (low < value if open_low else low <= value)
+        good = good and (value < high if open_high else value <= high)
+        if not good:
+            found.append(must(name, f"be {want}", value, do))
+
+    sizes = whole("batch_size", 1, "Use for example 128.")
+    sizes = whole("pool_size", 1, "Use for example 4 * batch_size.") and sizes
+    if sizes and config.pool_size < config.batch_size:
+        want = f"be at least batch_size = {config.batch_size}"
+        found.append(
+            must(
+                "pool_size",
+                want,
+                config.pool_size,
+                "A coreset is picked from its pool; use 2 to 8 times batch_size.",
+            )
+        )
+    inf = math.inf
+    number(
+        "tolerance",
+        "a number above 0",
+        0,
+        inf,
+        "The paper uses 0.005 to 0.05.",
+        open_low=True,
+        open_high=True,
+    )
+    number("interval_scale", "a number above 0", 0, inf, "The paper uses 1 to 10.", open_low=True, open_high=True)
+    number(
+        "coresets_per_step",
+        "a number above 0",
+        0,
+        inf,
+        "1 gives each step a coreset of its own; the paper uses 5.",
+        open_low=True,
+        open_high=True,
+    )
+    whole("max_interval", 1, "Use for example 100.")
+    whole("max_coresets", 1, "Use for example 100.")
+    for name in ("gradient_decay", "curvature_decay"):
+        number(
+            name,
+            "in [0, 1)",
+            0,
+            1,
+            "0 keeps no memory; 0.9 and 0.999 are usual.",
+            open_low=False,
+            open_high=True,
+        )
+    whole("curvature_coresets", 1, "None uses all of a region's coresets.", optional=True)
+    number(
+        "learned_loss",
+        "a number of at least 0",
+        0,
+        inf,
+        "The paper uses 0.1; exclude=False switches exclusion off.",
+        open_low=False,
+        open_high=True,
+    )
+    if isinstance(config.learned_interval, int):
+        whole("learned_interval", 1, "Give steps, or a share of the run such as 0.1.")
+    else:
+        number(
+            "learned_interval",
+            "steps (a whole number) or a share in (0, 1]",
+            0,
+            1,
+            "Use for example 0.1, a tenth of the run.",
+            open_low=True,
+            open_high=False,
+        )
+    number(
+        "weight_power",
+        "a number of at least 0",
+        0,
+        inf,
+        "1 is the paper's, 0 gives uniform weights.",
+        open_low=False,
+        open_high=True,
+    )
+    hints = get_type_hints(CrestConfig)
+    for name in ("curvature", "check", "proxy", "measure_mode"):
+        value, choices = getattr(config, name), get_args(hints[name])
+        if value not in choices:
+            found.append(must(name, f"be one of {', '.join(choices)}", value, suggest(value, choices)))
+    for name in ("exclude", "stratify"):
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            found.append(must(name, "be True or False", value, "It switches a part of the algorithm."))
+    return found

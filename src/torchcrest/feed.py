@@ -1,0 +1,155 @@
+"""The DataLoader side: pools are drawn, read ahead by workers, and handed over in the order of drawing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from torchcrest import tree
+from torchcrest.active import Draws, Place, stream
+from torchcrest.errors import ConfigError, DataError, must
+
+__all__ = ["Feed", "Reading", "examples_in"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How examples are read: the settings of :class:`torch.utils.data.DataLoader`, with its meanings.
+
+    ``prefetch_factor`` counts pools for each worker.
+    """
+
+    num_workers: int = 0
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    pin_memory: bool = False
+    prefetch_factor: int | None = None
+    timeout: float = 0
+    worker_init_fn: Callable[[int], None] | None = None
+    multiprocessing_context: Any = None
+
+
+def examples_in(dataset: Any) -> int:
+    """Return how many examples a data set has.
+
+    Raises:
+        DataError: it is an iterable one, has no length or no ``__getitem__``, or is empty.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not isinstance(dataset, Sized):
+        want = "be a map-style data set, with __len__ and __getitem__"
+        raise DataError(
+            must(
+                "dataset",
+                want,
+                type(dataset).__name__,
+                "Coresets are picked by index: wrap a stream in a list.",
+            )
+        )
+    if len(dataset) == 0:
+        raise DataError(must("dataset", "hold examples", "an empty one", "Check its path and split."))
+    return len(dataset)
+
+
+class Feed:
+    """Reads pools in the order in which they are drawn, whether or not workers read ahead.
+
+    What workers read ahead depends on the active set alone. When that changes, what was drawn ahead is
+    drawn anew, so that the stream is the same for any number of workers.
+    """
+
+    def __init__(self, dataset: Dataset[Any], draws: Draws, size: int, reading: Reading, seed: int) -> None:
+        self._dataset = dataset
+        self._draws = draws
+        self._size = size
+        self._collate = reading.collate_fn or default_collate
+        self._ahead: deque[tuple[Tensor, Place]] = deque()
+        self._stale = 0
+        self._place = draws.place
+        self._batches: Iterator[Any] | None = None
+        try:
+            self._loader: DataLoader[Any] = DataLoader(
+                dataset,
+                batch_sampler=_Endless(self),
+                num_workers=reading.num_workers,
+                collate_fn=self._collate,
+                pin_memory=reading.pin_memory,
+                prefetch_factor=reading.prefetch_factor,
+                timeout=reading.timeout,
+                worker_init_fn=reading.worker_init_fn,
+                multiprocessing_context=reading.multiprocessing_context,
+                # Its own generator: DataLoader would otherwise draw the workers' seed from the user's.
+                generator=stream(seed, "workers"),
+            )
+        except ValueError as error:
+            raise ConfigError(f"The data loader refuses its settings: {error}") from error
+
+    @property
+    def place(self) -> Place:
+        """How far the pools handed over have come in the drawing."""
+        return self._place
+
+    def next(self) -> tuple[Tensor, Any]:
+        """Return the next pool: its indices ``[size]`` and its data, on the CPU.
+
+        Raises:
+            DataError: a tensor of the batch does not have an entry an example.
+        """
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        data = next(self._batches)
+        while self._stale:
+            self._ahead.popleft()
+            self._stale -= 1
+            data = next(self._batches)
+        indices, self._place = self._ahead.popleft()
+        self._validate(data)
+        return indices, data
+
+    def read(self, indices: Tensor) -> Any:
+        """Read a pool again, in this process, as the workers would."""
+        rows = indices.tolist()
+        together = getattr(self._dataset, "__getitems__", None)
+        return self._collate(together(rows) if together else [self._dataset[row] for row in rows])
+
+    def redraw(self) -> None:
+        """Forget what was drawn ahead: the active set has changed."""
+        self._stale = len(self._ahead)
+        self._draws.place = self._place
+
+    def seek(self, place: Place) -> None:
+        """Go on from another place."""
+        self._place = place
+        self.redraw()
+
+    def draw_ahead(self) -> list[int]:
+        """Draw the next pool for the loader to read."""
+        indices = self._draws.draw(self._size)
+        self._ahead.append((indices, self._draws.place))
+        return indices.tolist()
+
+    def _validate(self, data: Any) -> None:
+        for leaf in tree.leaves(data):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != self._size:
+                raise DataError(
+                    must(
+                        "batch",
+                        f"have {self._size} entries along the first dimension of each tensor",
+                        tuple(leaf.shape),
+                        "Check collate_fn.",
+                    )
+                )
+
+
+class _Endless:
+    """A batch sampler that draws a pool whenever the loader asks for one."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield self._feed.draw_ahead()

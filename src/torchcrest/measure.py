@@ -1,0 +1,199 @@
+"""Look at a model without leaving a trace: losses, proxy gradients, curvature (steps 2 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torchcrest import quadratic, tree
+from torchcrest.config import MeasureMode
+from torchcrest.errors import ConfigError, DataError, must
+from torchcrest.objectives import Objective
+from torchcrest.types import Coreset, Pool
+
+__all__ = ["Meter", "device_of", "observing", "synchronize"]
+
+# Private in torch, but there is no public name for "all batch normalisations".
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that the clock means something. Nothing to wait for on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
+    """Put the model into a measuring mode; afterwards flags, buffers and random states are as before.
+
+    ``eval`` clears every module's training flag. ``batch_statistics`` does too, but batch normalisation
+    that was training normalises by its batch, without updating its running statistics; frozen layers
+    stay frozen.
+    """
+    training = {module: module.training for module in model.modules()}
+    tracking: dict[nn.Module, bool] = {}
+    device = device_of(model)
+    # Forks the CPU's generator and the one of the model's device. A model that draws random numbers even
+    # in evaluation mode would move the user's.
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        for module, was_training in training.items():
+            if mode == "batch_statistics" and was_training and isinstance(module, _BatchNorm):
+                tracking[module] = module.track_running_stats
+                module.track_running_stats = False
+            elif was_training:
+                module.training = False
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        for module, was_training in training.items():
+            if module.training != was_training:
+                module.training = was_training
+        for module, tracked in tracking.items():
+            module.track_running_stats = tracked  # type: ignore[assignment]
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+class Meter:
+    """Measures pools and differentiates coresets of one model, and counts the examples it forwards.
+
+    Attributes:
+        forwarded: examples that went through the model so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        mode: MeasureMode,
+        *,
+        whole_layer: bool,
+        last_layer: nn.Linear | None,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.mode: MeasureMode = mode
+        self.forwarded = 0
+        self._whole_layer = whole_layer
+        self._last_layer = last_layer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def measure(self, indices: Tensor, data: Any) -> Pool:
+        """Forward a pool once and return its losses, proxy gradients and labels.
+
+        The proxy gradient is the derivative of an example's loss with respect to the model's outputs:
+        for cross-entropy softmax - onehot, and the same line for any other differentiable loss.
+
+        Raises:
+            DataError: outputs or losses do not have an entry an example.
+        """
+        r = len(indices)
+        data = tree.move(data, device_of(self.model))
+        with observing(self.model, self.mode):
+            with torch.no_grad(), ExitStack() as hooks:
+                caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
+                outputs = self.objective.outputs(self.model, data)
+            if outputs.dim() == 0 or len(outputs) != r:
+                raise DataError(
+                    must(
+                        "model outputs",
+                        f"have {r} entries, one an example",
+                        tuple(outputs.shape),
+                        "Check the objective's outputs().",
+                    )
+                )
+            outputs = (outputs if outputs.dtype == torch.float64 else outputs.float()).detach().requires_grad_()
+            with torch.enable_grad():
+                losses = self.objective.losses(outputs, data)
+                if not isinstance(losses, Tensor) or tuple(losses.shape) != (r,):
+                    got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                    raise DataError(must("losses", f"have shape ({r},), one an example", got, 'Use reduction="none".'))
+                (gradients,) = torch.autograd.grad(losses.sum(), outputs)
+        self.forwarded += r
+        labels = self.objective.labels(data)
+        if labels is not None and tuple(labels.shape) != (r,):
+            raise DataError(
+                must(
+                    "class labels",
+                    f"have shape ({r},)",
+                    tuple(labels.shape),
+                    "Return None from labels() where there is no class an example.",
+                )
+            )
+        features, bias = self._features(caught, outputs) if self._whole_layer else (None, True)
+        return Pool(indices, data, losses.detach(), gradients.flatten(1).float(), features, bias, labels)
+
+    def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
+
+        Runs the eager module with the attention that has a second derivative.
+        """
+        # torch.compile's wrapper and its fused kernels have none.
+        model = getattr(self.model, "_orig_mod", self.model)
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+        def loss() -> Tensor:
+            outputs = self.objective.outputs(model, coreset.data)
+            return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
+
+        with observing(model, self.mode), ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if recurrent:  # cuDNN's recurrent layers have no second derivative either
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+        self.forwarded += len(coreset.weights)
+        return result
+
+    @contextmanager
+    def _catch_features(self) -> Iterator[list[tuple[nn.Linear, Tensor]]]:
+        """Catch the inputs of the last linear layer, or of all where it is not yet known which is last."""
+        caught: list[tuple[nn.Linear, Tensor]] = []
+
+        def catch(module: nn.Module, inputs: Sequence[Any], _: Any) -> None:
+            assert isinstance(module, nn.Linear)
+            caught.append((module, inputs[0].detach()))
+
+        linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        handles = [m.register_forward_hook(catch) for m in ([self._last_layer] if self._last_layer else linears)]
+        try:
+            yield caught
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _features(self, caught: list[tuple[nn.Linear, Tensor]], outputs: Tensor) -> tuple[Tensor, bool]:
+        """Return the last layer's inputs ``[r, h]`` and whether it has a bias."""
+        if (
+            not caught
+            or outputs.dim() != 2
+            or caught[-1][1].dim() != 2
+            or caught[-1][0].out_features != outputs.shape[1]
+        ):
+            raise ConfigError(
+                must(
+                    "proxy",
+                    "be 'outputs' for this model: its outputs are not those of a linear layer on [n, features]",
+                    "last_layer",
+                    "Or name the layer: Crest(..., last_layer=model.head).",
+                )
+            )
+        self._last_layer, features = caught[-1]
+        return features.float(), self._last_layer.bias is not None

@@ -1,0 +1,164 @@
+"""The loss as a quadratic around the parameters at the start of a region (steps 4 and 6; Eqs. 5 to 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcrest.config import Curvature
+
+__all__ = ["QuadraticModel", "gradient_and_curvature", "relative_error"]
+
+
+def gradient_and_curvature(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], generator: torch.Generator | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Differentiate a loss once, and a second time along one random direction.
+
+    Hutchinson's estimate of the Hessian's diagonal is z * (H z) with z of independent signs; its mean is
+    diag(H), exactly so for every z where H is diagonal (Bekas, Kokiopoulou and Saad, 2007). Neither ``.grad``
+    nor hooks that fill it are touched. Parameters outside the graph count as zero.
+
+    Args:
+        loss: computes the scalar loss, eagerly (fused attention has no second derivative).
+        parameters: what to differentiate with respect to.
+        generator: of z, on the parameters' device; None: no curvature, an empty list.
+
+    Returns:
+        gradient and estimate, a tensor like each parameter.
+    """
+    second = generator is not None
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), parameters, create_graph=second, materialize_grads=True)
+        if not second:
+            return [g.detach() for g in gradients], []
+        signs = [
+            torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1 for p in parameters
+        ]
+        # A loss linear in a parameter gives a gradient without a graph: its second derivative is zero.
+        curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
+        if curved:
+            outputs, along = zip(*curved, strict=True)
+            products = torch.autograd.grad(outputs, parameters, along, materialize_grads=True)
+        else:
+            products = tuple(torch.zeros_like(p) for p in parameters)
+    return [g.detach() for g in gradients], [z * hz for z, hz in zip(signs, products, strict=True)]
+
+
+def relative_error(predicted: Tensor | float, measured: Tensor | float) -> float:
+    """Return rho = |predicted - measured| / measured; 0 where both are 0.
+
+    >>> relative_error(1.1, 1.0) < 0.11
+    True
+    """
+    predicted, measured = float(predicted), float(measured)
+    difference = abs(predicted - measured)
+    return difference / abs(measured) if measured else (torch.inf if difference else 0.0)
+
+
+class QuadraticModel:
+    """F(delta) = L + g . delta + 1/2 delta . (H * delta), with g and the diagonal H smoothed over regions.
+
+    delta is measured: the parameters now minus a snapshot. So the model is right for any optimizer.
+
+    Attributes:
+        anchored_loss: L, the loss at the snapshot.
+        updates: how many regions have fed g and H.
+    """
+
+    def __init__(self, curvature: Curvature, gradient_decay: float, curvature_decay: float) -> None:
+        self.curvature = curvature
+        self.gradient_decay = 0.0 if curvature == "unsmoothed" else gradient_decay
+        self.curvature_decay = 0.0 if curvature == "unsmoothed" else curvature_decay
+        self.updates = 0
+        self.anchored_loss = 0.0
+        self._gradient: list[Tensor] = []
+        self._curvature: list[Tensor] = []
+        self._snapshot: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, gradient: Iterable[Tensor], curvature: Iterable[Tensor]) -> None:
+        """Add a region's gradient and Hutchinson estimate to the running means.
+
+        Means of squares for ``rms`` (Eq. 9), plain means otherwise. Where the trainable parameters have
+        changed since the last region, the means begin anew.
+        """
+        gradient = [g.float() for g in gradient]
+        curvature = [h.float().square() if self.curvature == "rms" else h.float() for h in curvature]
+        if [g.shape for g in gradient] != [g.shape for g in self._gradient]:
+            self.updates = 0
+            self._gradient = [torch.zeros_like(g) for g in gradient]
+            self._curvature = [torch.zeros_like(h) for h in curvature]
+        for mean, g in zip(self._gradient, gradient, strict=True):
+            mean.lerp_(g, 1 - self.gradient_decay)
+        for mean, h in zip(self._curvature, curvature, strict=True):
+            mean.lerp_(h, 1 - self.curvature_decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def anchor(self, parameters: Iterable[Tensor], loss: float) -> None:
+        """Begin a region: remember the parameters and the loss there."""
+        self._snapshot = [p.detach().clone() for p in parameters]
+        self.anchored_loss = loss
+
+    @torch.no_grad()
+    def predict(self, parameters: Iterable[Tensor]) -> float:
+        """Return F at the given parameters. Synchronises with the device."""
+        terms = []
+        curvature: list[Tensor | None] = [*self._diagonal()] or [None] * len(self._gradient)
+        undo_g = 1 / (1 - self.gradient_decay**self.updates)
+        for now, then, g, h in zip(parameters, self._snapshot, self._gradient, curvature, strict=True):
+            delta = (now.detach() - then).float()
+            slope = g * undo_g if h is None else (g * undo_g).addcmul(h, delta, value=0.5)
+            terms.append((slope * delta).sum(dtype=torch.float64).cpu())
+        # Doubles: the loss is compared with itself at delta = 0.
+        return self.anchored_loss + float(torch.stack(terms).sum()) if terms else self.anchored_loss
+
+    @torch.no_grad()
+    def curvature_norm(self) -> float:
+        """Return the Euclidean norm of the smoothed diagonal; 0 without curvature. Synchronises."""
+        squares = [h.square().sum(dtype=torch.float64).cpu() for h in self._diagonal()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Return the Euclidean norm of the smoothed gradient. Synchronises."""
+        undo = 1 / (1 - self.gradient_decay**self.updates) if self.updates else 0.0
+        squares = [g.square().sum(dtype=torch.float64).cpu() for g in self._gradient]
+        return undo * float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means, the snapshot and the anchored loss."""
+        return {
+            "updates": self.updates,
+            "anchored_loss": self.anchored_loss,
+            "gradient": list(self._gradient),
+            "curvature": list(self._curvature),
+            "snapshot": list(self._snapshot),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Restore a state, each tensor onto the device of its parameter."""
+
+        def home(tensors: Sequence[Tensor], like: bool) -> list[Tensor]:
+            return [
+                t.detach().clone().to(device=p.device, dtype=p.dtype if like else None)
+                for t, p in zip(tensors, parameters, strict=bool(tensors))
+            ]
+
+        self.updates = int(state["updates"])
+        self.anchored_loss = float(state["anchored_loss"])
+        self._gradient = home(state["gradient"], False)
+        self._curvature = home(state["curvature"], False)
+        self._snapshot = home(state["snapshot"], True)
+
+    def _diagonal(self) -> list[Tensor]:
+        """Return the bias-corrected diagonal (Eq. 9 for ``rms``)."""
+        if not self._curvature or self.curvature == "first_order" or not self.updates:
+            return []
+        undo = 1 / (1 - self.curvature_decay**self.updates)
+        corrected = (h * undo for h in self._curvature)
+        return [h.sqrt_() if self.curvature == "rms" else h for h in corrected]

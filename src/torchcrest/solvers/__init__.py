@@ -1,0 +1,7 @@
+"""Solvers: which examples to pick, given how they compare."""
+
+from torchcrest.solvers.facility import facility_location
+from torchcrest.solvers.medoids import medoids, shares, weigh
+from torchcrest.solvers.oneshot import Metric, coreset
+
+__all__ = ["Metric", "coreset", "facility_location", "medoids", "shares", "weigh"]

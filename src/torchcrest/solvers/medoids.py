@@ -1,0 +1,151 @@
+"""Mini-batch coresets: from every pool exactly m medoids of its gradients, and their clusters' sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchcrest.solvers.distance import distances
+from torchcrest.solvers.facility import greedy
+
+__all__ = ["medoids", "shares", "weigh"]
+
+Array = NDArray[np.int64]
+CHUNK = 1 << 24  # similarities held at a time
+
+
+def medoids(
+    gradients: Tensor,
+    size: int,
+    labels: Tensor | None = None,
+    features: Tensor | None = None,
+    *,
+    bias: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Pick mini-batch coresets from several pools at once.
+
+    Facility location on Euclidean distances between proxy gradients, from each class its share where
+    there are labels. A member counts for the nearest medoid of its class; where its class was too small
+    for a medoid, for the nearest of all.
+
+    Args:
+        gradients: ``[p, r, d]``, a pool each.
+        size: m, examples to pick from each pool, at most r.
+        labels: ``[p, r]`` integer classes, or None to pick from the whole pool.
+        features: ``[p, r, h]`` inputs of the last layer, to compare that whole layer's gradients.
+        bias: the last layer has a bias.
+
+    Returns:
+        rows: ``[p, m]`` int64 positions in the pool, ascending.
+        sizes: ``[p, m]`` int64 cluster sizes; they sum to r in each pool.
+    """
+    p, r, _ = gradients.shape
+    picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)
+    flat = gradients.reshape(p * r, -1)
+    flat_features = None if features is None else features.reshape(p * r, -1)
+    members, counts, quotas = _problems(p, r, size, None if labels is None else labels.cpu().numpy())
+    starts = np.cumsum(counts) - counts
+    whole = np.repeat(quotas == counts, counts)
+    picked[torch.from_numpy(members[whole]).to(picked.device)] = True
+    for group in _alike(counts, quotas):
+        width = int(counts[group].max())
+        inside = np.arange(width) < counts[group, None]
+        places = np.where(inside, starts[group, None] + np.arange(width), starts[group, None])
+        rows = torch.from_numpy(members[places]).to(flat.device)
+        f = None if flat_features is None else flat_features[rows]
+        similarity = -_between(flat[rows], f, bias)
+        full = bool(inside.all())
+        count = None if full else torch.from_numpy(counts[group]).to(flat.device)
+        picks = greedy(similarity, int(quotas[group].max()), count)
+        wanted = torch.arange(picks.shape[1], device=flat.device) < torch.from_numpy(quotas[group, None]).to(
+            flat.device
+        )
+        picked[rows.gather(1, picks)[wanted]] = True
+    rows = picked.view(p, r).nonzero()[:, 1].view(p, size)
+    return rows, _cluster_sizes(gradients, rows, labels, features, bias)
+
+
+def weigh(sizes: Tensor, power: float) -> Tensor:
+    """Turn cluster sizes into weights: sizes to the power, scaled to mean 1 over the last dimension.
+
+    >>> weigh(torch.tensor([3, 1]), 1.0)
+    tensor([1.5000, 0.5000])
+    """
+    weights = sizes.float().pow(power)
+    return weights / weights.mean(-1, keepdim=True)
+
+
+def shares(counts: Array, size: int) -> Array:
+    """Split ``size`` among classes in proportion to their counts, by largest remainders.
+
+    Args:
+        counts: ``[c]`` members of each class; they sum to at least ``size``.
+        size: how many to share out.
+
+    Returns:
+        ``[c]``: sums to ``size``, no class gets more than it has, ties go to the first.
+
+    >>> shares(np.array([6, 3, 1]), 5)
+    array([3, 2, 0])
+    """
+    quotas, remainders = np.divmod(counts * size, counts.sum())
+    left = size - int(quotas.sum())
+    quotas[np.argsort(-remainders, kind="stable")[:left]] += 1
+    return quotas
+
+
+def _problems(p: int, r: int, size: int, labels: NDArray[np.generic] | None) -> tuple[Array, Array, Array]:
+    """List the problems: members (problem after problem), how many each has, how many to pick from it."""
+    if labels is None:
+        return np.arange(p * r), np.full(p, r), np.full(p, size)
+    members, counts, quotas = [], [], []
+    for pool, of_pool in enumerate(labels.reshape(p, r)):
+        members.append(pool * r + np.argsort(of_pool, kind="stable"))
+        counts.append(np.unique(of_pool, return_counts=True)[1].astype(np.int64))
+        quotas.append(shares(counts[-1], size))
+    return np.concatenate(members), np.concatenate(counts), np.concatenate(quotas)
+
+
+def _alike(counts: Array, quotas: Array) -> list[Array]:
+    """Group the problems that need solving by size, so that padding stays small, and by memory."""
+    scale = np.ceil(np.log2(counts)).astype(np.int64)
+    open_ = (quotas > 0) & (quotas < counts)
+    groups: list[Array] = []
+    for value in np.unique(scale[open_]):
+        group = np.flatnonzero(open_ & (scale == value))
+        most = max(1, CHUNK // int(counts[group].max()) ** 2)
+        groups.extend(group[start : start + most] for start in range(0, len(group), most))
+    return groups
+
+
+def _between(gradients: Tensor, features: Tensor | None, bias: bool) -> Tensor:
+    """Return the distances among each problem's members, exactly 0 from a member to itself."""
+    d = distances(gradients, gradients, features, features, bias=bias)
+    d.diagonal(dim1=-2, dim2=-1).zero_()
+    return d
+
+
+def _cluster_sizes(
+    gradients: Tensor, rows: Tensor, labels: Tensor | None, features: Tensor | None, bias: bool
+) -> Tensor:
+    """Count each medoid's cluster."""
+    p, r, _ = gradients.shape
+    size = rows.shape[1]
+    sizes = torch.zeros_like(rows)
+    step = max(1, CHUNK // (r * size))
+    for start in range(0, p, step):
+        part = slice(start, start + step)
+        picked = rows[part]
+        own = torch.arange(size, device=rows.device).expand_as(picked)
+        g, f = gradients[part], None if features is None else features[part]
+        pools = torch.arange(len(picked), device=rows.device).unsqueeze(-1)
+        d = distances(g, g[pools, picked], f, None if f is None else f[pools, picked], bias=bias)
+        if labels is not None:
+            classes = labels[part]
+            same = classes.unsqueeze(-1) == classes.gather(1, picked).unsqueeze(1)
+            d.masked_fill_(same.any(-1, keepdim=True) & ~same, torch.inf)
+        nearest = d.argmin(-1).scatter_(1, picked, own)
+        sizes[part].scatter_add_(1, nearest, torch.ones_like(nearest))
+    return sizes

@@ -1,0 +1,79 @@
+"""Batches of any nesting: tuples, lists, mappings and named tuples of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["clone", "leaves", "move", "take"]
+
+
+def _map(data: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every leaf; a list that holds no tensor is one leaf (a column of strings, say)."""
+    if isinstance(data, Mapping):
+        mapped = {key: _map(value, function) for key, value in data.items()}
+        return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(_map(value, function) for value in data))
+    if isinstance(data, tuple) or (isinstance(data, list) and _holds_tensor(data)):
+        return type(data)(_map(value, function) for value in data)
+    return function(data)
+
+
+def _holds_tensor(data: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in leaves(data))
+
+
+def leaves(data: Any) -> Iterator[Any]:
+    """Yield what is inside the nesting, in order.
+
+    >>> list(leaves({"x": 1, "y": (2, [3])}))
+    [1, 2, 3]
+    """
+    if isinstance(data, Mapping):
+        for value in data.values():
+            yield from leaves(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from leaves(value)
+    else:
+        yield data
+
+
+def take(data: Any, rows: Tensor) -> Any:
+    """Return the given rows of every tensor (and of every column of other things).
+
+    Args:
+        data: a batch; each tensor has the examples along its first dimension.
+        rows: ``[m]`` int64 positions.
+
+    >>> take({"x": torch.arange(4), "name": ["a", "b", "c", "d"]}, torch.tensor([0, 2]))
+    {'x': tensor([0, 2]), 'name': ['a', 'c']}
+    """
+    positions: list[int] = []
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.index_select(0, rows.to(leaf.device)) if leaf.dim() else leaf
+        if isinstance(leaf, list):
+            positions[:] = positions or rows.tolist()
+            return [leaf[row] for row in positions]
+        return leaf
+
+    return _map(data, pick)
+
+
+def move(data: Any, device: torch.device) -> Any:
+    """Return the batch with every tensor on the device; pinned memory is copied asynchronously."""
+    return _map(
+        data,
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf,
+    )
+
+
+def clone(data: Any) -> Any:
+    """Return a copy of the batch that shares no tensor with it."""
+    return _map(data, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
