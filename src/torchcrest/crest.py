@@ -199,8 +199,8 @@ class Crest(Passes):
             classes = len(torch.unique(labels))
             if classes > config.batch_size:
                 self._warn_once(
-                    f"batch_size = {config.batch_size} is smaller than the number of classes, {classes}, so a coreset cannot "
-                    "represent them all. Expect less than from random batches, or use a larger batch_size."
+                    f"batch_size = {config.batch_size} is smaller than the number of classes, {classes}, so a coreset "
+                    "cannot represent them all. Expect less than from random batches, or use a larger batch_size."
                 )
         features = [pool.features for pool in pools if pool.features is not None]
         rows, sizes = medoids(

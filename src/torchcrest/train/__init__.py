@@ -1,0 +1,1 @@
+"""The training side: tasks, models, runs and their comparison."""

@@ -1,0 +1,68 @@
+"""The picture of a comparison: accuracy against examples trained and against seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchcrest.errors import ConfigError, must
+from torchcrest.train.compare import run_name
+from torchcrest.train.files import RunFiles, replacing
+from torchcrest.train.settings import RunSettings
+
+__all__ = ["plot"]
+
+
+def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
+    """Draw test accuracy over training for the finished runs of a comparison.
+
+    Args:
+        runs: from :func:`torchcrest.train.compare.plan`.
+        folder: where they are.
+        path: the picture, in the format of its ending.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            must("matplotlib", "be installed", str(error), "Run pip install 'torchcrest[plot]'.")
+        ) from error
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours: dict[str, str] = {}
+    lowest = []
+    for run in runs:
+        name = run_name(run).rpartition("-s")[0].replace("-", " ")
+        first = name not in colours
+        colour = colours.setdefault(name, f"C{len(colours)}")
+        points = [e for e in RunFiles(folder / run_name(run)).read_metrics() if e["event"] == "evaluation"]
+        accuracy = [100 * e["accuracy"] for e in points]
+        lowest += accuracy[len(accuracy) // 3 :]
+        for axis, key in zip(axes, ("examples_trained", "seconds"), strict=True):
+            axis.plot(
+                [e[key] for e in points], accuracy, color=colour, lw=1.2, alpha=0.8, label=name if first else None
+            )
+            axis.plot([points[-1][key]], accuracy[-1:], "o", color=colour, ms=5)
+    for axis, label in zip(axes, ("examples trained on", "seconds, selection included"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylim(bottom=max(0.0, min(lowest, default=0.0) - 5))
+    axes[1].legend(loc="lower right", frameon=False)
+    seeds = len({run.seed for run in runs})
+    figure.suptitle(f"{_short(runs[0].task)}: {seeds} seed{'s' if seeds > 1 else ''}, a dot ends each run", fontsize=11)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip("."), dpi=150)
+    return path
+
+
+def _short(task: str) -> str:
+    return Path(task.removeprefix("npz:")).name

@@ -1,0 +1,372 @@
+"""One training run: the loop, the clock, evaluation, the run directory."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchcrest
+from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
+from torchcrest.measure import synchronize
+from torchcrest.passes import Passes
+from torchcrest.train.files import RunFiles
+from torchcrest.train.methods import find_method
+from torchcrest.train.models import build
+from torchcrest.train.schedule import learning_rate
+from torchcrest.train.settings import RunSettings
+from torchcrest.train.tasks import Examples, Task, load
+
+__all__ = ["Interrupted", "Status", "prepare", "refuse_other", "train"]
+
+LOOK_EVERY = 16  # steps between looks at the training losses, which wait for the device
+EVALUATED_TOGETHER = 1000  # test examples
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has left a checkpoint."""
+
+    def __init__(self, folder: Path, step: int, steps: int) -> None:
+        self.folder, self.step, self.steps = folder, step, steps
+        super().__init__(f"stopped after step {step} of {steps}")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands, for whoever watches it.
+
+    Attributes:
+        step: optimizer steps taken.
+        steps: optimizer steps in all.
+        loss: mean training loss since the last status.
+        accuracy: test accuracy at the last evaluation, from 0 to 1; None before the first.
+        evaluated: an evaluation has just been made.
+        regions: quadratic models so far.
+        interval: steps between checks; None for methods without.
+        active: share of the examples not set aside as learned.
+        overhead: seconds of selection for each second of the rest.
+        seconds: on the training clock.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    accuracy: float | None
+    evaluated: bool
+    regions: int
+    interval: int | None
+    active: float
+    overhead: float
+    seconds: float
+
+
+def prepare(settings: RunSettings) -> tuple[Task, RunSettings]:
+    """Load the task and fill in its defaults, so that whatever cannot work is refused before training.
+
+    Raises:
+        ConfigError: settings that cannot work.
+        DataError: data that cannot be used.
+    """
+    task = load(settings.task, augment=settings.augment, flip=settings.flip, seed=settings.seed)
+    settings = settings.resolved(task)
+    assert settings.model is not None
+    build(settings.model, task.shape, task.classes, settings.seed)
+    return task, settings
+
+
+def train(
+    settings: RunSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watch: Callable[[Status], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Train once and fill a run directory.
+
+    Args:
+        settings: what to train, and how.
+        folder: where config.yaml, metrics.jsonl, checkpoint.pt and summary.json go.
+        resume: go on from the checkpoint there, if there is one; return the summary if the run is finished.
+        watch: called with the status, a few times a second and after each evaluation.
+        stop: asked after each step; True writes a checkpoint and raises :class:`Interrupted`.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: settings that cannot work, or a folder that already holds a run.
+        DataError: data that cannot be used.
+        CheckpointError: a checkpoint that is damaged or of other settings.
+        NonFiniteLossError: a loss is NaN or infinite.
+        Interrupted: stopped on request.
+    """
+    files = RunFiles(folder)
+    if files.began() and not resume:
+        do = "Add --resume to go on with it, or choose another --out."
+        raise ConfigError(must("out", "be a folder without a run", str(folder), do))
+    task, settings = prepare(settings)
+    if files.config.exists():
+        refuse_other(settings, files)
+    if files.finished():
+        return files.read_summary()
+    return _Run(task, settings, files, watch, stop).go()
+
+
+def refuse_other(settings: RunSettings, files: RunFiles) -> None:
+    """Refuse to go on with, or to count in, a run that was made with other settings.
+
+    Raises:
+        CheckpointError: naming all that differ.
+    """
+    saved, own = files.read_config(), settings.to_dict()
+    problems = [
+        must(f"{name} in {files.config}", f"be {own.get(name)!r}, as asked for", saved.get(name), "Use another --out.")
+        for name in sorted({*saved, *own})
+        if saved.get(name) != own.get(name)
+    ]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+class _Run:
+    """A run in progress. Everything that a resumed run needs is in its checkpoint."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: RunSettings,
+        files: RunFiles,
+        watch: Callable[[Status], None] | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        assert settings.model and settings.batch_size and settings.epochs and settings.learning_rate
+        method = find_method(settings.method)
+        self.task, self.settings, self.files = task, settings, files
+        self.full_steps = max(1, round(settings.epochs * len(task.train) / settings.batch_size))
+        self.steps = method.steps(self.full_steps, settings.budget)
+        self.schedule_steps = self.steps if method.compressed else self.full_steps
+        self.device = torch.device(settings.device)
+        self.model = build(settings.model, task.shape, task.classes, settings.seed).to(self.device)
+        self.optimizer = _optimizer(self.model, settings)
+        self.loader: Passes = method.build(
+            self.model, task.train, settings.crest, self.steps, settings.seed, settings.num_workers
+        )
+        every = np.linspace(0, self.steps, settings.evaluations + 1)[1:]
+        self.evaluate_at = {max(1, round(step)) for step in every.tolist()}
+        self.step = 0
+        self.seconds = 0.0  # training and selection; without evaluation and writing
+        self.lines = 0  # of metrics.jsonl
+        self.events = 0  # of the loader's history that were written
+        self.accuracy: float | None = None
+        self.test_loss = float("nan")
+        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses, indices: not yet looked at
+        self.recent: list[float] = []
+        self.watch, self.stop = watch, stop
+        self._told = 0.0
+
+    def go(self) -> dict[str, Any]:
+        if self.files.checkpoint.exists():
+            self._load()
+        else:
+            self.files.keep_metrics(0)
+            self.files.write_config(self.settings.to_dict())
+        self.model.train()
+        started = time.perf_counter()
+        for batch in self.loader:
+            (x, y), weights = batch
+            self._set_rate()
+            losses = F.cross_entropy(self.model(x), y, reduction="none")
+            (losses * weights).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.pending.append((self.step, losses.detach(), self.loader.indices))
+            if len(self.pending) == LOOK_EVERY:
+                self._look_at_losses()
+            evaluate = self.step in self.evaluate_at
+            stopping = self.stop()
+            if evaluate or stopping or self.watch:
+                synchronize(self.device) if evaluate or stopping else None
+                self.seconds += time.perf_counter() - started
+                if evaluate or stopping:
+                    self._look_at_losses()
+                if evaluate:
+                    self._evaluate()
+                if stopping and self.step < self.steps:
+                    self._save()
+                    raise Interrupted(self.files.folder, self.step, self.steps)
+                self._tell(evaluate)
+                started = time.perf_counter()
+        summary = self._summary()
+        self.files.write_summary(summary)
+        return summary
+
+    def _set_rate(self) -> None:
+        assert self.settings.learning_rate
+        rate = learning_rate(
+            self.step,
+            self.schedule_steps,
+            base=self.settings.learning_rate,
+            kind=self.settings.schedule,
+            warmup=self.settings.warmup,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _look_at_losses(self) -> None:
+        """Refuse training losses that are not finite. Waits for the device."""
+        if not self.pending:
+            return
+        for (step, losses, indices), mean in zip(
+            self.pending, torch.stack([losses.mean() for _, losses, _ in self.pending]).tolist(), strict=True
+        ):
+            bad = (~losses.isfinite()).cpu()
+            if bad.any():
+                shown = ", ".join(map(str, indices[bad].tolist()[:10])) + (", ..." if bad.sum() > 10 else "")
+                raise NonFiniteLossError(
+                    f"The training loss is {mean} in step {step}: {int(bad.sum())} of {len(bad)} examples are not "
+                    f"finite (data-set indices {shown}). Lower the learning rate, or look at these examples."
+                )
+            self.recent.append(mean)
+        self.pending.clear()
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Measure test accuracy and loss, write a metrics line and a checkpoint."""
+        self.model.eval()
+        right, loss = torch.zeros(2, dtype=torch.float64)
+        test: Examples = self.task.test
+        for start in range(0, len(test), EVALUATED_TOGETHER):
+            x, y = test.__getitems__(list(range(start, min(start + EVALUATED_TOGETHER, len(test)))))
+            outputs = self.model(x.to(self.device)).float()
+            y = y.to(self.device)
+            right += (outputs.argmax(1) == y).sum().cpu()
+            loss += F.cross_entropy(outputs, y, reduction="sum").double().cpu()
+        self.model.train()
+        self.accuracy, self.test_loss = float(right) / len(test), float(loss) / len(test)
+        stats = self.loader.stats
+        record = {
+            "event": "evaluation",
+            "step": self.step,
+            "seconds": self.seconds,
+            "accuracy": self.accuracy,
+            "test_loss": self.test_loss,
+            "train_loss": float(np.mean(self.recent)),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "examples_trained": stats.examples_trained,
+            "examples_forwarded": stats.examples_forwarded,
+            "active": stats.active,
+        }
+        self._save(record)
+
+    def _save(self, *records: dict[str, Any]) -> None:
+        """Write metrics lines and a checkpoint that knows of them."""
+        lines = [*self.loader.history[self.events :], *records]
+        self.files.append_metrics(lines)
+        self.events = len(self.loader.history)
+        self.lines += len(lines)
+        self.files.write_checkpoint(
+            {
+                "settings": self.settings.to_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "lines": self.lines,
+                "accuracy": self.accuracy,
+                "test_loss": self.test_loss,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "loader": self.loader.state_dict(),
+            }
+        )
+
+    def _load(self) -> None:
+        state = self.files.read_checkpoint()
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.lines = int(state["step"]), float(state["seconds"]), int(state["lines"])
+            self.accuracy, self.test_loss = state["accuracy"], float(state["test_loss"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            do = "Move it away, or use another --out."
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(must(str(self.files.checkpoint), "fit this run", reason, do)) from error
+        self.loader.load_state_dict(state["loader"])
+        self.events = len(self.loader.history)
+        self.files.keep_metrics(self.lines)
+
+    def _tell(self, evaluated: bool) -> None:
+        now = time.monotonic()
+        if self.watch is None or (not evaluated and now - self._told < 0.2):
+            return
+        self._told = now
+        self._look_at_losses()
+        stats = self.loader.stats
+        spent = stats.seconds_selecting + stats.seconds_checking + stats.seconds_curvature
+        regions = [event for event in self.loader.history[-50:] if event["event"] == "region"]
+        self.watch(
+            Status(
+                step=self.step,
+                steps=self.steps,
+                loss=float(np.mean(self.recent)) if self.recent else float("nan"),
+                accuracy=self.accuracy,
+                evaluated=evaluated,
+                regions=stats.regions,
+                interval=regions[-1]["interval"] if regions else None,
+                active=stats.active / len(self.task.train),
+                overhead=spent / max(self.seconds - spent, 1e-9),
+                seconds=self.seconds,
+            )
+        )
+        self.recent = self.recent[-LOOK_EVERY:]
+
+    def _summary(self) -> dict[str, Any]:
+        s, stats = self.settings, self.loader.stats
+        return {
+            "task": s.task,
+            "method": s.method,
+            "budget": 1.0 if find_method(s.method).whole else s.budget,
+            "seed": s.seed,
+            "accuracy": self.accuracy,
+            "test_loss": self.test_loss,
+            "seconds": self.seconds,
+            "seconds_selecting": stats.seconds_selecting,
+            "seconds_checking": stats.seconds_checking,
+            "seconds_curvature": stats.seconds_curvature,
+            "steps": self.step,
+            "full_steps": self.full_steps,
+            "examples_trained": stats.examples_trained,
+            "examples_forwarded": stats.examples_forwarded,
+            "regions": stats.regions,
+            "checks": stats.checks,
+            "active": stats.active,
+            "examples": len(self.task.train),
+            "versions": {
+                "torchcrest": torchcrest.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            "device": _describe(self.device),
+        }
+
+
+def _optimizer(model: nn.Module, s: RunSettings) -> torch.optim.Optimizer:
+    assert s.learning_rate and s.weight_decay is not None
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,137 @@
+"""The settings of one training run: what the command line takes and config.yaml holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from torchcrest.config import CrestConfig, suggest
+from torchcrest.errors import ConfigError, must
+from torchcrest.train.methods import find_method
+from torchcrest.train.schedule import Kind
+from torchcrest.train.tasks import Task
+
+__all__ = ["RunSettings"]
+
+Optimizer = Literal["sgd", "adamw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Settings of a run; what is None is the task's default.
+
+    Attributes:
+        task: digits, mnist1d or npz:PATH.
+        method: full, truncated, random or crest.
+        budget: share of the full run's optimizer steps, in (0, 1]; full ignores it.
+        epochs: length of the full run, in passes over the training data.
+        seed: of the model's weights, the order of the data, selection and augmentation.
+        model: resnet20, resnet18, resnet50, cnn, conv1d or mlp.
+        batch_size: examples in a batch, for every method.
+        learning_rate: the highest of the schedule.
+        schedule: step (x 0.1 at 60 and 85 %), cosine or constant; all after the warm-up.
+        warmup: share of the steps over which the rate rises.
+        optimizer: sgd, with momentum, or adamw.
+        momentum: of sgd.
+        weight_decay: of either optimizer.
+        augment: shift training images at random.
+        flip: mirror them at random as well.
+        evaluations: how many times to measure test accuracy, evenly over the run, outside the clock.
+        num_workers: processes that read data.
+        device: auto, cpu, cuda, cuda:1, mps, ...
+        crest: settings of CREST; its batch_size is the run's.
+    """
+
+    task: str
+    method: str = "crest"
+    budget: float = 0.1
+    epochs: float | None = None
+    seed: int = 0
+    model: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    schedule: Kind = "step"
+    warmup: float = 0.1
+    optimizer: Optimizer = "sgd"
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    augment: bool = False
+    flip: bool = False
+    evaluations: int = 10
+    num_workers: int = 0
+    device: str = "auto"
+    crest: CrestConfig = field(default_factory=CrestConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work whatever the task, naming all of it."""
+        problems = []
+        try:
+            find_method(self.method)
+        except ConfigError as error:
+            problems.append(str(error))
+        if not 0 < self.budget <= 1:
+            do = "0.1 takes a tenth of the full run's optimizer steps."
+            problems.append(must("budget", "be in (0, 1]", self.budget, do))
+        for name, least in (("seed", 0), ("evaluations", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                problems.append(must(name, f"be at least {least}", getattr(self, name), f"Use for example {least}."))
+        for name in ("epochs", "batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                problems.append(must(name, "be above 0", value, "Leave it out for the task's default."))
+        if not 0 <= self.warmup <= 0.5:
+            problems.append(must("warmup", "be a share in [0, 0.5]", self.warmup, "0.1 is usual."))
+        hints = get_type_hints(RunSettings)
+        for name in ("schedule", "optimizer"):
+            value, known = getattr(self, name), get_args(hints[name])
+            if value not in known:
+                problems.append(must(name, f"be one of {', '.join(known)}", value, suggest(value, known)))
+        if problems:
+            raise ConfigError(problems)
+
+    def resolved(self, task: Task) -> RunSettings:
+        """Return the settings with the task's defaults in place of None, ready to be written down.
+
+        Raises:
+            ConfigError: they cannot work with this task.
+        """
+        batch_size = self.batch_size or task.batch_size
+        examples = len(task.train)
+        if batch_size > examples:
+            want = f"be at most the {examples} training examples"
+            raise ConfigError(must("batch_size", want, batch_size, "Use a smaller one."))
+        crest = replace(self.crest, batch_size=batch_size)
+        if self.method == "crest" and crest.pool_size > examples:
+            want = f"be at most the {examples} training examples"
+            raise ConfigError(must("crest.pool_size", want, crest.pool_size, f"Use for example {4 * batch_size}."))
+        return replace(
+            self,
+            epochs=self.epochs or task.epochs,
+            model=self.model or task.model,
+            batch_size=batch_size,
+            learning_rate=self.learning_rate or task.learning_rate,
+            weight_decay=task.weight_decay if self.weight_decay is None else self.weight_decay,
+            device=str(_device(self.device)),
+            crest=crest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings, in the order of the fields; they go into config.yaml."""
+        plain = asdict(self)
+        del plain["crest"]["batch_size"]  # the run's own says it
+        return plain
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of that name; for auto, the accelerator if there is one."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(must("device", f"be usable ({reason})", name, "Use auto or cpu.")) from error
+    return device
