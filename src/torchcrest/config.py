@@ -62,7 +62,7 @@ class CrestConfig:
     max_coresets: int = 100
     gradient_decay: float = 0.9
     curvature_decay: float = 0.999
-    curvature: Curvature = "rms"
+    curvature: Curvature = "signed"
     curvature_coresets: int | None = 1
     check: Check = "paired"
     exclude: bool = True
