@@ -1,15 +1,36 @@
-"""Small models and data that many tests share."""
+"""Small models, data and loaders that many tests share."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from torchcrest import Crest, CrestConfig, RandomBatches, WeightedBatch
+from torchcrest.passes import Passes
+
+# Tiny tensors: threads would only wait for each other, the more so on a busy machine.
+torch.set_num_threads(1)
+
 Batch = tuple[Tensor, Tensor, Tensor]
+
+# Regions of a few steps, checks that pass and checks that fail, coresets left over, examples that are set aside.
+SMALL = CrestConfig(
+    batch_size=16,
+    pool_size=48,
+    tolerance=0.02,
+    interval_scale=3,
+    coresets_per_step=1.5,
+    learned_loss=0.3,
+    learned_interval=7,
+)
 
 
 class Blobs(Dataset[Batch]):
@@ -43,11 +64,94 @@ class Net(nn.Module):
         return out
 
 
-def make_net(seed: int = 0, **settings: float | bool) -> Net:
-    """Build a `Net` without touching the global random state."""
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    """Build a model without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Net(**settings)  # type: ignore[arg-type]
+        return build()
+
+
+def make_net(seed: int = 0, **settings: float | bool) -> Net:
+    """Build a `Net` without touching the global random state."""
+    net: Net = seeded(lambda: Net(**settings), seed)  # type: ignore[arg-type]
+    return net
+
+
+def make_crest(model: nn.Module, dataset: Any, *, config: CrestConfig = SMALL, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` of short regions."""
+    return Crest(model, dataset, config, steps=steps, **kw)
+
+
+def make_random(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> RandomBatches:
+    """Build `RandomBatches` of the same size."""
+    return RandomBatches(model, dataset, SMALL.batch_size, steps=steps, **kw)
+
+
+MakeLoader = Callable[..., Passes]
+
+
+@pytest.fixture(params=[make_crest, make_random], ids=["crest", "random"])
+def make_loader(request: pytest.FixtureRequest) -> MakeLoader:
+    """Run a test over every loader."""
+    make: MakeLoader = request.param
+    return make
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    """Build the usual optimizer, which has a state."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: WeightedBatch) -> None:
+    """Take the step of the README's loop."""
+    *inputs, y = batch.data
+    losses = F.cross_entropy(model(*inputs), y, reduction="none")
+    (losses * batch.weights).mean().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_pass(model: nn.Module, loader: Passes, lr: float = 0.1) -> list[tuple[list[int], list[float]]]:
+    """Train for a pass; return indices and weights of each batch."""
+    optimizer, trace = sgd(model, lr), []
+    for batch in loader:
+        trace.append((loader.indices.tolist(), batch.weights.tolist()))
+        train_step(model, optimizer, batch)
+    return trace
+
+
+def events(loader: Passes, kind: str) -> list[dict[str, Any]]:
+    """Return the history's entries of one kind."""
+    return [event for event in loader.history if event["event"] == kind]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Compare to the bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Record all that measuring must leave alone."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "state": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "grad": {name: None if p.grad is None else p.grad.tolist() for name, p in model.named_parameters()},
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "training": {name: module.training for name, module in model.named_modules()},
+        "tracking": {
+            name: module.track_running_stats for name, module in model.named_modules() if "Norm1d" in str(type(module))
+        },
+        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
+        "python": random.getstate(),
+        "grad_enabled": torch.is_grad_enabled(),
+    }
 
 
 @pytest.fixture
@@ -58,5 +162,3 @@ def blobs() -> Blobs:
 @pytest.fixture
 def net() -> Callable[..., Net]:
     return make_net
-
-

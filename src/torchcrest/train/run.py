@@ -46,7 +46,7 @@ class Status:
     Attributes:
         step: optimizer steps taken.
         steps: optimizer steps in all.
-        loss: mean training loss since the last status.
+        loss: mean training loss of the last steps.
         accuracy: test accuracy at the last evaluation, from 0 to 1; None before the first.
         evaluated: an evaluation has just been made.
         regions: quadratic models so far.
@@ -169,7 +169,7 @@ class _Run:
         self.accuracy: float | None = None
         self.test_loss = float("nan")
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses, indices: not yet looked at
-        self.recent: list[float] = []
+        self.recent: list[float] = []  # mean training losses since the last evaluation
         self.watch, self.stop = watch, stop
         self._told = 0.0
 
@@ -266,6 +266,7 @@ class _Run:
             "examples_forwarded": stats.examples_forwarded,
             "active": stats.active,
         }
+        self.recent.clear()
         self._save(record)
 
     def _save(self, *records: dict[str, Any]) -> None:
@@ -282,6 +283,7 @@ class _Run:
                 "lines": self.lines,
                 "accuracy": self.accuracy,
                 "test_loss": self.test_loss,
+                "recent": self.recent,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
@@ -295,6 +297,7 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.lines = int(state["step"]), float(state["seconds"]), int(state["lines"])
             self.accuracy, self.test_loss = state["accuracy"], float(state["test_loss"])
+            self.recent = [float(loss) for loss in state["recent"]]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             do = "Move it away, or use another --out."
             reason = str(error).splitlines()[0]
@@ -316,7 +319,7 @@ class _Run:
             Status(
                 step=self.step,
                 steps=self.steps,
-                loss=float(np.mean(self.recent)) if self.recent else float("nan"),
+                loss=float(np.mean(self.recent[-LOOK_EVERY:])) if self.recent else float("nan"),
                 accuracy=self.accuracy,
                 evaluated=evaluated,
                 regions=stats.regions,
@@ -326,7 +329,6 @@ class _Run:
                 seconds=self.seconds,
             )
         )
-        self.recent = self.recent[-LOOK_EVERY:]
 
     def _summary(self) -> dict[str, Any]:
         s, stats = self.settings, self.loader.stats

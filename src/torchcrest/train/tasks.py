@@ -238,7 +238,7 @@ def _mnist1d() -> Arrays:
 
 _TASKS = {  # how to get it, model, epochs, learning rate, batch size
     "digits": (_digits, "mlp", 30, 0.05, 32),
-    "mnist1d": (_mnist1d, "conv1d", 60, 0.1, 128),
+    "mnist1d": (_mnist1d, "conv1d", 60, 0.2, 128),
 }
 
 
