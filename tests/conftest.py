@@ -21,6 +21,8 @@ torch.set_num_threads(1)
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
+torch.set_num_threads(1)  # tensors are tiny here: more threads only wait for each other
+
 # Regions of a few steps, checks that pass and checks that fail, coresets left over, examples that are set aside.
 SMALL = CrestConfig(
     batch_size=16,

@@ -31,9 +31,9 @@ class CrestConfig:
         max_coresets: most coresets of one region; beyond it coresets are used more than once.
         gradient_decay: beta1, decay of the running mean of gradients (Eq. 8).
         curvature_decay: beta2, decay of the running mean of the curvature (Eq. 9).
-        curvature: ``signed`` smooths Hutchinson's estimate of the Hessian's diagonal as it is, and predicts
-            the loss best in our benchmarks; ``rms``, the paper's, takes the root of the mean of its squares; ``unsmoothed`` keeps the newest
-            gradient and estimate alone; ``first_order`` uses no curvature.
+        curvature: ``signed`` smooths Hutchinson's estimate of the Hessian's diagonal as it is, which predicts
+            the loss best in our benchmarks; ``rms``, the paper's, takes the root of the mean of its squares;
+            ``unsmoothed`` keeps the newest gradient and estimate alone; ``first_order`` uses no curvature.
         curvature_coresets: how many of a region's coresets feed gradient and curvature; None: all.
         check: ``paired`` compares the model with the loss of the same examples, every interval;
             ``none`` never checks and begins a new region every interval.
@@ -67,7 +67,7 @@ class CrestConfig:
     check: Check = "paired"
     exclude: bool = True
     learned_loss: float = 0.1
-    learned_interval: int | float = 0.1
+    learned_interval: int | float = 0.2
     weight_power: float = 0.5
     stratify: bool = True
     proxy: Proxy = "outputs"

@@ -161,7 +161,7 @@ class Crest(Passes):
                 pools += [self._measure() for _ in range(together - len(pools))]
                 coresets += self._select(pools)
         region = _Region(self.stats.regions, self._step, interval, self._step + interval, coresets)
-        loss = math.nan
+        loss: float | None = None
         if config.check == "paired":
             with self._timed("seconds_checking"):
                 pool = self._measure()
@@ -170,8 +170,9 @@ class Crest(Passes):
         if config.check == "paired" or config.curvature != "first_order":
             with self._timed("seconds_curvature"):
                 self._model_loss(coresets, region.number)
-                self._quadratic.anchor(self._meter.parameters(), loss)
                 self._adapt_interval()
+        if loss is not None:
+            self._quadratic.anchor(self._meter.parameters(), loss)
         self.stats.regions += 1
         self._log(
             "region",

@@ -54,26 +54,45 @@ def examples_in(dataset: Any) -> int:
     return len(dataset)
 
 
+class _Plan:
+    """Draws the next pool whenever the loader asks for one, and keeps what was drawn until it is read.
+
+    Apart from :class:`Feed`, so that the loader does not refer back to it: with the feed go the workers.
+    """
+
+    def __init__(self, draws: Draws, size: int) -> None:
+        self.draws = draws
+        self.size = size
+        self.ahead: deque[tuple[Tensor, Place]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            indices = self.draws.draw(self.size)
+            self.ahead.append((indices, self.draws.place))
+            yield indices.tolist()
+
+
 class Feed:
     """Reads pools in the order in which they are drawn, whether or not workers read ahead.
 
     What workers read ahead depends on the active set alone. When that changes, what was drawn ahead is
     drawn anew, so that the stream is the same for any number of workers.
+
+    Attributes:
+        place: how far the pools handed over have come in the drawing.
     """
 
     def __init__(self, dataset: Dataset[Any], draws: Draws, size: int, reading: Reading, seed: int) -> None:
+        self.place = draws.place
         self._dataset = dataset
-        self._draws = draws
-        self._size = size
         self._collate = reading.collate_fn or default_collate
-        self._ahead: deque[tuple[Tensor, Place]] = deque()
-        self._stale = 0
-        self._place = draws.place
+        self._plan = _Plan(draws, size)
+        self._stale = 0  # pools drawn ahead that are no longer wanted
         self._batches: Iterator[Any] | None = None
         try:
             self._loader: DataLoader[Any] = DataLoader(
                 dataset,
-                batch_sampler=_Endless(self),
+                batch_sampler=self._plan,
                 num_workers=reading.num_workers,
                 collate_fn=self._collate,
                 pin_memory=reading.pin_memory,
@@ -87,11 +106,6 @@ class Feed:
         except ValueError as error:
             raise ConfigError(f"The data loader refuses its settings: {error}") from error
 
-    @property
-    def place(self) -> Place:
-        """How far the pools handed over have come in the drawing."""
-        return self._place
-
     def next(self) -> tuple[Tensor, Any]:
         """Return the next pool: its indices ``[size]`` and its data, on the CPU.
 
@@ -102,11 +116,14 @@ class Feed:
             self._batches = iter(self._loader)
         data = next(self._batches)
         while self._stale:
-            self._ahead.popleft()
+            self._plan.ahead.popleft()
             self._stale -= 1
             data = next(self._batches)
-        indices, self._place = self._ahead.popleft()
-        self._validate(data)
+        indices, self.place = self._plan.ahead.popleft()
+        for leaf in tree.leaves(data):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != len(indices):
+                want = f"have {len(indices)} entries along the first dimension of each tensor"
+                raise DataError(must("batch", want, tuple(leaf.shape), "Check collate_fn."))
         return indices, data
 
     def read(self, indices: Tensor) -> Any:
@@ -117,39 +134,9 @@ class Feed:
 
     def redraw(self) -> None:
         """Forget what was drawn ahead: the active set has changed."""
-        self._stale = len(self._ahead)
-        self._draws.place = self._place
+        self.seek(self.place)
 
     def seek(self, place: Place) -> None:
-        """Go on from another place."""
-        self._place = place
-        self.redraw()
-
-    def draw_ahead(self) -> list[int]:
-        """Draw the next pool for the loader to read."""
-        indices = self._draws.draw(self._size)
-        self._ahead.append((indices, self._draws.place))
-        return indices.tolist()
-
-    def _validate(self, data: Any) -> None:
-        for leaf in tree.leaves(data):
-            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != self._size:
-                raise DataError(
-                    must(
-                        "batch",
-                        f"have {self._size} entries along the first dimension of each tensor",
-                        tuple(leaf.shape),
-                        "Check collate_fn.",
-                    )
-                )
-
-
-class _Endless:
-    """A batch sampler that draws a pool whenever the loader asks for one."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            yield self._feed.draw_ahead()
+        """Go on from a place."""
+        self.place = self._plan.draws.place = place
+        self._stale = len(self._plan.ahead)

@@ -135,9 +135,9 @@ class QuadraticModel:
         return {
             "updates": self.updates,
             "anchored_loss": self.anchored_loss,
-            "gradient": list(self._gradient),
-            "curvature": list(self._curvature),
-            "snapshot": list(self._snapshot),
+            "gradient": [g.clone() for g in self._gradient],
+            "curvature": [h.clone() for h in self._curvature],
+            "snapshot": [w.clone() for w in self._snapshot],
         }
 
     def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
