@@ -54,9 +54,9 @@ class CrestConfig:
     """
 
     batch_size: int = 128
-    pool_size: int = 512
+    pool_size: int = 256
     tolerance: float = 0.05
-    interval_scale: float = 10.0
+    interval_scale: float = 50.0
     coresets_per_step: float = 1.0
     max_interval: int = 100
     max_coresets: int = 100
@@ -161,7 +161,7 @@ def _problems(config: CrestConfig) -> list[str]:
             found.append(must(name, f"be {want}", value, do))
 
     sizes = whole("batch_size", 1, "Use for example 128.")
-    sizes = whole("pool_size", 1, "Use for example 4 * batch_size.") and sizes
+    sizes = whole("pool_size", 1, "Use for example 2 * batch_size.") and sizes
     if sizes and config.pool_size < config.batch_size:
         want = f"be at least batch_size = {config.batch_size}"
         found.append(

@@ -29,9 +29,8 @@ def facility_location(similarity: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         budget: how many members to pick from each problem, 1 to n.
 
     Returns:
-        rows: ``[..., budget]`` int64, the picks in the order in which they were made. Ties go to the
-            lowest index.
-        sizes: ``[..., budget]`` int64, how many members each pick represents best; they sum to n.
+        Rows ``[..., budget]``, int64, the picks in the order in which they were made, ties going to the lowest
+        index; and sizes ``[..., budget]``, int64, how many members each pick represents best, n in all.
 
     Raises:
         DataError: the similarity is not square, empty or not finite, or the budget does not fit it.

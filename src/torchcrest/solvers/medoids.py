@@ -38,8 +38,8 @@ def medoids(
         bias: the last layer has a bias.
 
     Returns:
-        rows: ``[p, m]`` int64 positions in the pool, ascending.
-        sizes: ``[p, m]`` int64 cluster sizes; they sum to r in each pool.
+        Rows ``[p, m]``, int64 positions in the pool, ascending, and cluster sizes ``[p, m]``, int64, r in all in
+        each pool.
     """
     p, r, _ = gradients.shape
     picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)

@@ -49,9 +49,9 @@ def coreset(features: Any, size: int, labels: Any = None, metric: Metric = "eucl
         metric: ``euclidean``, ``sqeuclidean`` or ``cosine``.
 
     Returns:
-        indices: ``[size]`` int64, ascending.
-        weights: ``[size]`` float64, how many examples each stands for; they sum to n. Ready for
-            scikit-learn's ``sample_weight``. Arrays for arrays, tensors (on their device) for tensors.
+        Indices ``[size]``, int64, ascending, and weights ``[size]``, float64: how many examples each stands
+        for, n in all, ready for scikit-learn's ``sample_weight``. Arrays for arrays, tensors (on their
+        device) for tensors.
 
     Raises:
         DataError: features or labels of the wrong shape or kind, or a size that does not fit them.
