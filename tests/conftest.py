@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchcrest import Crest, CrestConfig, RandomBatches, WeightedBatch
+from torchcrest import Classification, Crest, CrestConfig, Objective, RandomBatches, WeightedBatch
+from torchcrest.config import MeasureMode
+from torchcrest.measure import Meter
 from torchcrest.passes import Passes
+from torchcrest.types import Coreset, Pool
 
 # Tiny tensors: threads would only wait for each other, the more so on a busy machine.
 torch.set_num_threads(1)
@@ -108,7 +111,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Weight
     """Take the step of the README's loop."""
     *inputs, y = batch.data
     losses = F.cross_entropy(model(*inputs), y, reduction="none")
-    (losses * batch.weights).mean().backward()  # type: ignore[no-untyped-call]
+    (losses * batch.weights).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -154,6 +157,41 @@ def traces(model: nn.Module) -> dict[str, Any]:
         "python": random.getstate(),
         "grad_enabled": torch.is_grad_enabled(),
     }
+
+
+R, M = 40, 12  # examples in a pool and in a coreset, for what is measured by hand
+
+
+def meter_of(
+    model: nn.Module,
+    mode: MeasureMode = "eval",
+    objective: Objective | None = None,
+    whole_layer: bool = False,
+    last_layer: nn.Linear | None = None,
+) -> Meter:
+    """Build a meter, by default one that measures classification in evaluation mode."""
+    return Meter(model, objective or Classification(), mode, whole_layer=whole_layer, last_layer=last_layer)
+
+
+def batch(blobs: Blobs, rows: int = R) -> tuple[Tensor, Tensor]:
+    """Take the first examples."""
+    return blobs.x[:rows], blobs.y[:rows]
+
+
+def measure(meter: Meter, data: Any, rows: int = R) -> Pool:
+    """Measure a pool of the first examples."""
+    return meter.measure(torch.arange(rows), data)
+
+
+def coreset_of(data: Any, rows: int = M) -> Coreset:
+    """Weight the examples unequally."""
+    weights = torch.arange(1.0, rows + 1)
+    return Coreset(torch.arange(rows), torch.arange(rows), weights / weights.mean(), data)
+
+
+def generator() -> torch.Generator:
+    """Begin the stream of signs."""
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture

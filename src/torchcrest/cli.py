@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,9 +20,9 @@ import torchcrest
 from torchcrest.config import PRESETS, CrestConfig, suggest
 from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
 from torchcrest.solvers import coreset
-from torchcrest.train.compare import COLUMNS, cells, compare, plan, run_name
+from torchcrest.train.compare import COLUMNS, LEGEND, cells, compare, plan, run_name
 from torchcrest.train.console import Watcher, render, stop_requests
-from torchcrest.train.files import replacing
+from torchcrest.train.files import RunFiles, replacing
 from torchcrest.train.methods import METHODS
 from torchcrest.train.plot import plot
 from torchcrest.train.run import Interrupted, train
@@ -29,6 +31,7 @@ from torchcrest.train.settings import RunSettings
 __all__ = ["main"]
 
 TASK = "digits, mnist1d, or npz:PATH with arrays x_train, y_train, x_test, y_test"
+KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "Path": "a path"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,26 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Off a terminal nothing has to fit into 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    errors = Console(stderr=True)
     shown = warnings.showwarning
-    warnings.showwarning = lambda message, *_: errors.print(
-        f"[yellow]warning:[/] {_plain(str(message))}", soft_wrap=True, highlight=False
-    )
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
-        _refuse_unknown_command(arguments)
-        parsed = _parser(_preset(arguments)).parse_args(arguments)
+        parsed = _parse(arguments)
         {"train": _train, "compare": _compare, "select": _select}[parsed.subcommand](parsed[parsed.subcommand], console)
-    except TorchcrestError as error:
-        errors.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+    except (TorchcrestError, ArgumentError) as error:
+        _say(f"error: {error}")
         return 2
     except Interrupted as stopped:
-        again = _again(arguments)
         console.print(
             f"Stopped after step {stopped.step} of {stopped.steps}. "
-            f"The checkpoint is in {_plain(str(stopped.folder))}.\nGo on with: {_plain(again)}",
+            f"The checkpoint is in {_plain(str(stopped.folder))}.\nGo on with: {_plain(_again(arguments))}",
             soft_wrap=True,
             highlight=False,
         )
+        return 130
+    except KeyboardInterrupt:
+        _say("Stopped.")
         return 130
     finally:
         warnings.showwarning = shown
@@ -66,8 +67,11 @@ def _train(args: Namespace, console: Console) -> None:
     """Train one model with one method."""
     settings = _settings(args, method=args.method, budget=args.budget, seed=args.seed)
     folder = _folder(args.out, settings.task, run_name(settings))
+    finished = args.resume and RunFiles(folder).finished()
     with stop_requests(console) as stop, Watcher(console) as watcher:
         summary = train(settings, folder, resume=args.resume, watch=watcher.begin(run_name(settings)), stop=stop)
+    if finished:
+        console.print("This run was finished already.")
     _print_table(settings.task, [summary], console)
     console.print(f"Run: {_plain(str(folder))}", soft_wrap=True, highlight=False)
 
@@ -80,15 +84,18 @@ def _compare(args: Namespace, console: Console) -> None:
         summaries = compare(runs, folder, begin=watcher.begin, stop=stop)
     _print_table(args.task, summaries, console)
     try:
-        console.print(f"Picture: {_plain(str(plot(runs, folder, folder / 'comparison.png')))}", soft_wrap=True)
+        picture = f"Picture: {plot(runs, folder, folder / 'comparison.png')}"
     except ConfigError as error:
-        console.print(f"No picture: {_plain(str(error))}", soft_wrap=True)
+        picture = f"No picture: {error}"
+    console.print(_plain(picture), soft_wrap=True, highlight=False)
 
 
 def _select(args: Namespace, console: Console) -> None:
     """Pick one weighted coreset from raw features."""
     if args.out.suffix != ".npz":
         raise ConfigError(must("out", "end in .npz", str(args.out), "It will hold the arrays indices and weights."))
+    if any(parent.exists() and not parent.is_dir() for parent in args.out.parents):
+        raise ConfigError(must("out", "be in a folder", str(args.out), "There is a file where the folder should be."))
     features = _array(args.features)
     labels = None if args.labels is None else _array(args.labels)
     indices, weights = coreset(features, args.size, labels, args.metric)
@@ -102,41 +109,67 @@ def _select(args: Namespace, console: Console) -> None:
     )
 
 
+# Arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    """Parse the arguments. A preset, wherever it is named, gives the defaults of a second reading."""
+    commands = ("train", "compare", "select")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        want = f"be one of {', '.join(commands)}"
+        raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], commands)))
+    try:
+        first = _parser({}).parse_args([word for word in arguments if not word.startswith("--print_config")])
+        _refuse_run_config(first)
+        name = first[first.subcommand].get("preset")
+        if name is not None:
+            CrestConfig.preset(name)
+        return _parser(PRESETS[name] if name else {}).parse_args(list(arguments))
+    except (ArgumentError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(_explain(str(error), arguments)) from error
+
+
 def _parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     """Return the parser; a preset's settings are the defaults of --crest."""
-    parser = ArgumentParser(
-        prog="torchcrest", description="Train on mini-batch coresets (CREST), and see whether it pays."
-    )
+    parser = _new("Train on mini-batch coresets (CREST), and see whether it pays.", prog="torchcrest")
     parser.add_argument("--version", action="version", version=f"torchcrest {torchcrest.__version__}")
     commands = parser.add_subcommands()
-    one = ArgumentParser(usage="torchcrest train TASK [options]", description="Train one model with one method.")
-    _add_run(one, crest_defaults, skip={"task", "crest"})
-    one.add_argument(
-        "--out", type=Path | None, default=None, help="folder of the run; default: runs/TASK/METHOD-BUDGET-sSEED"
-    )
-    one.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    commands.add_subcommand("train", one, help="train one model with one method")
-    many = ArgumentParser(
-        usage="torchcrest compare TASK [options]",
-        description="Train with several methods, budgets and seeds, and compare them.",
-    )
-    _add_run(many, crest_defaults, skip={"task", "crest", "method", "budget", "seed"})
-    many.add_argument("--methods", type=str, nargs="+", default=["full", "random", "crest"], help=", ".join(METHODS))
-    many.add_argument("--budget", type=float, nargs="+", default=[0.1], help="shares of the full run's steps")
-    many.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each method for each")
-    many.add_argument("--out", type=Path | None, default=None, help="folder of the runs; default: runs/TASK/compare")
-    commands.add_subcommand("compare", many, help="run several methods and print the table")
-    pick = ArgumentParser(
-        usage="torchcrest select FEATURES.npy --size N --out FILE.npz",
-        description="Pick one weighted coreset from raw features, for a convex model.",
-    )
-    pick.add_argument("--config", action="config", help="a YAML file of settings")
-    pick.add_argument("features", type=Path, help="array [n, d] in a .npy file")
-    pick.add_argument("--labels", type=Path | None, default=None, help="classes [n] in a .npy file")
-    pick.add_argument("--size", type=int, required=True, help="how many examples to pick")
-    pick.add_argument("--metric", type=str, default="euclidean", help="euclidean, sqeuclidean or cosine")
-    pick.add_argument("--out", type=Path, required=True, help="the .npz file to write")
-    commands.add_subcommand("select", pick, help="pick one coreset of raw features")
+    commands.add_subcommand("train", _train_parser(crest_defaults), help="train one model with one method")
+    commands.add_subcommand("compare", _compare_parser(crest_defaults), help="run several methods and print the table")
+    commands.add_subcommand("select", _select_parser(), help="pick one coreset of raw features")
+    return parser
+
+
+def _train_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
+    parser = _new("Train one model with one method.", usage="torchcrest train TASK [options]")
+    _add_run(parser, crest_defaults, skip={"task", "crest"})
+    out = "folder of the run; default: runs/TASK/METHOD-BUDGET-sSEED"
+    parser.add_argument("--out", type=Path | None, default=None, help=out)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    return _without_markup(parser)
+
+
+def _compare_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
+    about = "Train with several methods, budgets and seeds, and compare them."
+    parser = _new(about, usage="torchcrest compare TASK [options]")
+    _add_run(parser, crest_defaults, skip={"task", "crest", "method", "budget", "seed"})
+    methods = ["full", "random", "crest"]
+    parser.add_argument("--methods", type=str, nargs="+", default=methods, help=f"some of {', '.join(METHODS)}")
+    parser.add_argument("--budget", type=float, nargs="+", default=[0.1], help="shares of the full run's steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each method runs with each")
+    parser.add_argument("--out", type=Path | None, default=None, help="folder of the runs; default: runs/TASK/compare")
+    return _without_markup(parser)
+
+
+def _select_parser() -> ArgumentParser:
+    about = "Pick one weighted coreset from raw features, for a convex model."
+    parser = _new(about, usage="torchcrest select FEATURES.npy --size N --out FILE.npz [options]")
+    parser.add_argument("--config", action="config", help="a YAML file of settings")
+    parser.add_argument("features", type=Path, help="array [n, d] in a .npy file")
+    parser.add_argument("--labels", type=Path | None, default=None, help="classes [n] in a .npy file")
+    parser.add_argument("--size", type=int, required=True, help="how many examples to pick")
+    parser.add_argument("--metric", type=str, default="euclidean", help="euclidean, sqeuclidean or cosine")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     return parser
 
 
@@ -152,22 +185,53 @@ def _add_run(parser: ArgumentParser, crest_defaults: dict[str, Any], skip: set[s
     parser.set_defaults(defaults)
 
 
-def _preset(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of the preset that the arguments name, before they are parsed."""
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--preset" and (value or place + 1 < len(arguments)):
-            value = value or arguments[place + 1]
-            CrestConfig.preset(value)
-            return PRESETS[value]
-    return {}
+def _new(about: str, **settings: Any) -> ArgumentParser:
+    # No abbreviations: one that names a preset, say, would be taken and not seen.
+    return ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, **settings)
 
 
-def _refuse_unknown_command(arguments: Sequence[str]) -> None:
-    commands = ("train", "compare", "select")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        want = f"be one of {', '.join(commands)}"
-        raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], commands)))
+def _without_markup(parser: ArgumentParser) -> ArgumentParser:
+    """Take the docstrings' markup out of the help."""
+    for item in (*parser._actions, *parser._action_groups):
+        for name in ("help", "title", "description"):
+            text = getattr(item, name, None)
+            if isinstance(text, str):
+                setattr(item, name, re.sub(r":\w+:`([\w.]+\.)?(\w+)`", r"\2", text).replace("``", ""))
+    return parser
+
+
+def _refuse_run_config(parsed: Namespace) -> None:
+    """Say that a single run's config.yaml is no comparison's."""
+    lists = ("methods", "budget", "seeds")
+    args = parsed[parsed.subcommand]
+    if parsed.subcommand == "compare" and not all(isinstance(args[name], list) for name in lists):
+        raise TypeError("not iterable")
+
+
+def _explain(message: str, arguments: Sequence[str]) -> str:
+    """Put the parser's words into ours."""
+    if found := re.search(r'Parser key "([\w.]+)".*?Expected an? (.+?)\. Got value: (.*)', message, re.DOTALL):
+        name, kind, got = found.groups()
+        choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
+        if choices:
+            return must(name, f"be one of {', '.join(choices)}", got, suggest(got, choices))
+        plain = next((words for word, words in KINDS.items() if word in kind), kind)
+        return must(name, f"be {plain}", got, "See --help.")
+    if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        flag = found[1].partition("=")[0]
+        parser = {"train": _train_parser, "compare": _compare_parser}.get(arguments[0], lambda _: _select_parser())({})
+        known = [option for action in parser._actions for option in action.option_strings]
+        return must("flag", "be a known one", flag, suggest(flag, known) if flag.startswith("--") else "See --help.")
+    if "not iterable" in message or re.search(r"does not accept (nested )?(option|key) '(method|seed)'", message):
+        do = "A single run's config.yaml is for torchcrest train --config."
+        return must("config", "hold methods, budget and seeds as lists", "single values", do)
+    if "codec can't decode" in message:
+        return must("config", "be a YAML file", "another kind of file", "See --print_config.")
+    if found := re.search(r"required: (?:\w+\.)?(\w+)", message):
+        return f"{found[1]} must be given. See --help."
+    if "subcommand" in message:
+        return "command must be one of train, compare, select. See --help."
+    return message
 
 
 def _settings(args: Namespace, **chosen: Any) -> RunSettings:
@@ -176,8 +240,7 @@ def _settings(args: Namespace, **chosen: Any) -> RunSettings:
     of_each_run = {"method", "budget", "seed"}  # lists, in a comparison
     known = {f.name for f in fields(RunSettings)} - {"crest"} - of_each_run
     values = {name: args[name] for name in known} | chosen
-    batch_size = values.get("batch_size")
-    crest = {**args.crest.as_dict(), "batch_size": batch_size or 1}  # the task's own is filled in later
+    crest = {**args.crest.as_dict(), "batch_size": values["batch_size"] or 1}  # the task's own is filled in later
     for build in (lambda: CrestConfig(**crest), lambda: RunSettings(**values)):
         try:
             build()
@@ -188,8 +251,12 @@ def _settings(args: Namespace, **chosen: Any) -> RunSettings:
     return RunSettings(**values, crest=CrestConfig(**crest))
 
 
+# Words and files ------------------------------------------------------------------------------------------------
+
+
 def _print_table(task: str, summaries: list[dict[str, Any]], console: Console) -> None:
     console.print(render(_plain(task), COLUMNS, [cell.row() for cell in cells(summaries)]))
+    console.print(LEGEND, style="dim", highlight=False)
 
 
 def _folder(out: Path | None, task: str, name: str) -> Path:
@@ -199,16 +266,25 @@ def _folder(out: Path | None, task: str, name: str) -> Path:
 
 def _array(path: Path) -> Any:
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("an archive of several arrays")
     except (OSError, ValueError, EOFError) as error:
         do = "Write it with numpy.save(path, array)."
         raise DataError(must(str(path), "be a .npy file", str(error).splitlines()[0], do)) from error
+    return array
 
 
 def _again(arguments: Sequence[str]) -> str:
     """Return the command that goes on."""
     resume = [] if arguments[0] != "train" or "--resume" in arguments else ["--resume"]
     return shlex.join(["torchcrest", *arguments, *resume])
+
+
+def _say(line: str) -> None:
+    # Not a console of its own: while a bar is live, it is sys.stderr that knows how to write above it.
+    sys.stderr.write(line + "\n")
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ class _Region:
     coresets: list[Coreset]
     check_indices: Tensor | None = None
     check_data: Any = None
+    parameters: list[nn.Parameter] = field(default_factory=list)  # that were trainable when it began
 
 
 class Crest(Passes):
@@ -131,7 +132,6 @@ class Crest(Passes):
         self._first_curvature: float | None = None  # ||H_0||
         share = config.learned_interval
         self._learned_steps = share if isinstance(share, int) else max(1, round(share * steps))
-        self._last_finite = 0
         self._warned: set[str] = set()
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
@@ -161,6 +161,7 @@ class Crest(Passes):
                 pools += [self._measure() for _ in range(together - len(pools))]
                 coresets += self._select(pools)
         region = _Region(self.stats.regions, self._step, interval, self._step + interval, coresets)
+        region.parameters = self._meter.parameters()
         loss: float | None = None
         if config.check == "paired":
             with self._timed("seconds_checking"):
@@ -172,7 +173,7 @@ class Crest(Passes):
                 self._model_loss(coresets, region.number)
                 self._adapt_interval()
         if loss is not None:
-            self._quadratic.anchor(self._meter.parameters(), loss)
+            self._quadratic.anchor(region.parameters, loss)
         self.stats.regions += 1
         self._log(
             "region",
@@ -248,7 +249,7 @@ class Crest(Passes):
         with self._timed("seconds_checking"):
             pool = self._record(self._meter.measure(region.check_indices, region.check_data))
             loss = float(pool.losses.mean(dtype=torch.float64))
-            predicted = self._quadratic.predict(self._meter.parameters())
+            predicted = self._quadratic.predict(region.parameters)
         rho = relative_error(predicted, loss)
         passed = rho <= self.config.tolerance
         self.stats.checks += 1
@@ -289,14 +290,9 @@ class Crest(Passes):
         """Refuse losses that are not finite; note the others for exclusion."""
         bad = ~pool.losses.isfinite()
         if bad.any():
-            indices = pool.indices[bad.cpu()].tolist()
-            shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
-            raise NonFiniteLossError(
-                f"The loss is {float(pool.losses[bad][0])} after step {self._step} for {len(indices)} of {len(bad)} "
-                f"measured examples (data-set indices {shown}); all measured at step {self._last_finite} were finite. "
-                "Lower the learning rate, clip gradients, or look at these examples."
+            raise NonFiniteLossError.about(
+                "loss", f"after step {self._step}", pool.indices[bad.cpu()].tolist(), len(bad)
             )
-        self._last_finite = self._step
         self._active.record(pool.indices, pool.losses)
         self.stats.examples_forwarded = self._meter.forwarded
         return pool
@@ -326,13 +322,13 @@ class Crest(Passes):
 
     def _state(self) -> dict[str, Any]:
         place, region = self._feed.place, self._region
+        names = {parameter: name for name, parameter in self._meter.model.named_parameters()}
         return {
             "place": [place.number, place.position, list(place.put_off)],
             "active": self._active.state_dict(),
             "quadratic": self._quadratic.state_dict(),
             "interval": self._interval,
             "first_curvature": self._first_curvature,
-            "last_finite": self._last_finite,
             "region": region
             and {
                 "number": region.number,
@@ -340,6 +336,7 @@ class Crest(Passes):
                 "interval": region.interval,
                 "check_at": region.check_at,
                 "check_indices": region.check_indices,
+                "parameters": [names[p] for p in region.parameters],
                 "coresets": [(c.pool_indices, c.rows, c.weights) for c in region.coresets],
             },
         }
@@ -348,12 +345,11 @@ class Crest(Passes):
         number, position, put_off = state["place"]
         self._active.load_state_dict(state["active"])
         self._feed.seek(Place(number, position, tuple(put_off)))
-        self._quadratic.load_state_dict(state["quadratic"], self._meter.parameters())
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
-        self._last_finite = state["last_finite"]
         self._meter.forwarded = state["stats"]["examples_forwarded"]
         saved = state["region"]
         self._region = saved and self._read_region(saved)
+        self._quadratic.load_state_dict(state["quadratic"], self._region.parameters if self._region else [])
 
     def _read_region(self, saved: dict[str, Any]) -> _Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
@@ -363,6 +359,7 @@ class Crest(Passes):
             data = tree.move(tree.take(self._feed.read(pool_indices), rows), device)
             coresets.append(Coreset(pool_indices.cpu(), rows.cpu(), weights.to(device), data))
         check = saved["check_indices"]
+        named = dict(self._meter.model.named_parameters())
         return _Region(
             saved["number"],
             saved["begun"],
@@ -371,6 +368,7 @@ class Crest(Passes):
             coresets,
             check,
             None if check is None else tree.move(self._feed.read(check), device),
+            [named[name] for name in saved["parameters"]],
         )
 
 

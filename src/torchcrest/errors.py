@@ -31,6 +31,15 @@ class CheckpointError(TorchcrestError, ValueError):
 class NonFiniteLossError(TorchcrestError, ArithmeticError):
     """A loss that is NaN or infinite. Names the step and the examples."""
 
+    @classmethod
+    def about(cls, what: str, when: str, indices: Sequence[int], measured: int) -> NonFiniteLossError:
+        """Name what is not finite, when, and which of how many examples are concerned."""
+        shown = ", ".join(map(str, indices[:10])) + (", ..." if len(indices) > 10 else "")
+        return cls(
+            f"The {what} is NaN or infinite {when} for {len(indices)} of {measured} examples "
+            f"(data-set indices {shown}). Lower the learning rate, clip gradients, or look at these examples."
+        )
+
 
 def must(name: str, want: str, got: object, do: str) -> str:
     """Say what an argument must be, what came, and the way out.

@@ -110,7 +110,8 @@ class Meter:
         with observing(self.model, self.mode):
             with torch.no_grad(), ExitStack() as hooks:
                 caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
-                outputs = self.objective.outputs(self.model, data)
+                # A model may change its input in place; the pool is still to be trained on.
+                outputs = self.objective.outputs(self.model, tree.clone(data))
             if outputs.dim() == 0 or len(outputs) != r:
                 raise DataError(
                     must(
@@ -151,7 +152,7 @@ class Meter:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
 
         def loss() -> Tensor:
-            outputs = self.objective.outputs(model, coreset.data)
+            outputs = self.objective.outputs(model, tree.clone(coreset.data))
             return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
 
         with observing(model, self.mode), ExitStack() as stack:

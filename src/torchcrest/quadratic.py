@@ -144,9 +144,12 @@ class QuadraticModel:
         """Restore a state, each tensor onto the device of its parameter."""
 
         def home(tensors: Sequence[Tensor], like: bool) -> list[Tensor]:
+            shapes = [t.shape for t in tensors]
+            if shapes and shapes != [p.shape for p in parameters]:
+                raise ValueError("the model's parameters have other shapes")
             return [
                 t.detach().clone().to(device=p.device, dtype=p.dtype if like else None)
-                for t, p in zip(tensors, parameters, strict=bool(tensors))
+                for t, p in zip(tensors, parameters, strict=False)
             ]
 
         self.updates = int(state["updates"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ def _map(data: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to every leaf; a list that holds no tensor is one leaf (a column of strings, say)."""
     if isinstance(data, Mapping):
         mapped = {key: _map(value, function) for key, value in data.items()}
-        return mapped if type(data) is dict else type(data)(mapped)  # type: ignore[call-arg]
+        if isinstance(data, MutableMapping):  # keeps what the type carries besides, as a defaultdict's factory
+            same = copy.copy(data)
+            same.update(mapped)
+            return same
+        return type(data)(mapped)  # type: ignore[call-arg]
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(_map(value, function) for value in data))
     if isinstance(data, tuple) or (isinstance(data, list) and _holds_tensor(data)):

@@ -53,7 +53,8 @@ def facility_location(similarity: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= n:
         raise DataError(must("budget", f"be a whole number from 1 to n = {n}", budget, "Pick no more than there are."))
     s = similarity.detach().reshape(-1, n, n)
-    s = s if s.dtype == torch.float64 else s.float()
+    # Integers and doubles need 53 bits; float32 would make ties of what differs.
+    s = s.float() if s.is_floating_point() and s.dtype != torch.float64 else s.double()
     rows = greedy(s, budget)
     sizes = _cluster_sizes(s, rows)
     shape = (*similarity.shape[:-2], budget)

@@ -139,7 +139,9 @@ def _features(features: Any) -> Tensor:
         )
     if isinstance(features, np.ndarray) and features.dtype.kind not in "fiub":
         raise DataError(must("features", "hold real numbers", str(features.dtype), "Convert them to float32."))
-    x = features.detach() if isinstance(features, Tensor) else torch.from_numpy(np.ascontiguousarray(features))
+    if isinstance(features, np.ndarray):  # torch takes native byte order only
+        features = torch.from_numpy(np.ascontiguousarray(features, dtype=features.dtype.newbyteorder("=")))
+    x: Tensor = features.detach()
     if x.dim() != 2 or x.numel() == 0 or x.is_complex():
         raise DataError(
             must(
@@ -157,7 +159,12 @@ def _features(features: Any) -> Tensor:
 
 
 def _labels(labels: Any, n: int) -> Tensor:
-    y = labels.detach().cpu() if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    if not isinstance(labels, Tensor):
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "fiubc":
+            raise DataError(must("labels", "be integers", str(labels.dtype), "Number the classes from 0."))
+        labels = torch.from_numpy(labels.astype(labels.dtype.newbyteorder("=")))
+    y = labels.detach().cpu()
     if tuple(y.shape) != (n,):
         raise DataError(
             must(

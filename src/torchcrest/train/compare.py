@@ -14,20 +14,24 @@ from torchcrest.train.methods import find_method
 from torchcrest.train.run import Status, prepare, refuse_other, train
 from torchcrest.train.settings import RunSettings
 
-__all__ = ["COLUMNS", "Cell", "cells", "compare", "plan", "run_name"]
+__all__ = ["COLUMNS", "LEGEND", "Cell", "cells", "compare", "plan", "run_name"]
 
 COLUMNS = [
     "method",
     "n",
     "accuracy %",
-    "rel.err %",
+    "rel%",
     "steps",
-    "trained",
-    "forwarded",
+    "train",
+    "fwd",
     "seconds",
-    "select %",
-    "regions",
+    "sel%",
+    "reg.",
 ]
+LEGEND = (
+    "rel%: accuracy missing against full. train, fwd: examples trained on, and forwarded to select.\n"
+    "sel%: share of the seconds spent on selection, checks and curvature. reg.: quadratic models."
+)
 
 
 def run_name(settings: RunSettings) -> str:
@@ -37,7 +41,7 @@ def run_name(settings: RunSettings) -> str:
     'crest-0.1-s3'
     """
     whole = find_method(settings.method).whole
-    budget = "" if whole else f"-{settings.budget:g}"
+    budget = "" if whole else f"-{settings.budget!r}"
     return f"{settings.method}{budget}-s{settings.seed}"
 
 
@@ -56,13 +60,21 @@ def plan(
     ]
     if problems:
         raise ConfigError(problems)
+    for name, values in (("method", methods), ("budget", budgets), ("seed", seeds)):
+        for value in values:
+            try:
+                changed: dict[str, Any] = {name: value}
+                replace(settings, **changed)
+            except ConfigError as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
     runs: dict[str, RunSettings] = {}
     for method in methods:
         for budget in budgets:
             for seed in seeds:
-                run = replace(settings, method=method, budget=budget, seed=seed)
-                if find_method(method).whole:
-                    run = replace(run, budget=1.0)
+                share = 1.0 if find_method(method).whole else budget
+                run = replace(settings, method=method, budget=share, seed=seed)
                 runs.setdefault(run_name(run), run)
     return list(runs.values())
 
@@ -83,12 +95,15 @@ def compare(
         stop: asked after each step, as in :func:`torchcrest.train.run.train`.
 
     Raises:
-        CheckpointError: a run that is there was made with other settings; found before any is begun.
+        ConfigError: a run cannot work; found before any is begun, like the next.
+        CheckpointError: a run that is there was made with other settings.
     """
+    task = prepare(runs[0])[0]  # the same for all runs, but for the seed of augmentation
     for run in runs:
+        resolved = prepare(run, task)[1]
         files = RunFiles(folder / run_name(run))
         if files.config.exists():
-            refuse_other(prepare(run)[1], files)
+            refuse_other(resolved, files)
     summaries = []
     for run in runs:
         files = RunFiles(folder / run_name(run))

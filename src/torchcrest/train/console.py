@@ -10,13 +10,25 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from torchcrest.train.run import Status
 
 __all__ = ["Watcher", "render", "stop_requests"]
+
+
+class _Bars(Progress):
+    """A bar a run, and under them the figures of the one that is running."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures, style="dim")
 
 
 class Watcher:
@@ -27,11 +39,11 @@ class Watcher:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+        self._bars = _Bars(
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[steps]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[accuracy]}", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
@@ -39,26 +51,30 @@ class Watcher:
 
     def __enter__(self) -> Watcher:
         """Start the display."""
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the bars as they are."""
-        self._progress.stop()
+        self._bars.figures = ""
+        self._bars.stop()
 
     def begin(self, name: str) -> Callable[[Status], None]:
         """Begin a run of that name."""
-        bar = self._progress.add_task(name, total=None, figures="")
+        bar: TaskID | None = None
 
         def watch(status: Status) -> None:
-            figures = _figures(status)
-            self._progress.update(bar, completed=status.step, total=status.steps, figures=figures)
+            nonlocal bar
+            if bar is None:
+                bar = self._bars.add_task(name, total=status.steps, steps="", accuracy="")
+            accuracy = "" if status.accuracy is None else f"{status.accuracy:.2%}"
+            self._bars.figures = _figures(status)
+            self._bars.update(bar, completed=status.step, steps=f"{status.step}/{status.steps}", accuracy=accuracy)
             if status.evaluated and not self._console.is_terminal:
-                self._console.print(
-                    f"{name}: step {status.step}/{status.steps}, {figures}, {status.seconds:.1f} s", soft_wrap=True
-                )
+                line = f"{name}: step {status.step}/{status.steps}, {_figures(status)}, {status.seconds:.1f} s"
+                self._console.print(line, soft_wrap=True, highlight=False)
 
         return watch
 
@@ -105,7 +121,7 @@ def stop_requests(console: Console) -> Iterator[Callable[[], bool]]:
 def render(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """Return a table for the terminal; the first column is words, the others figures."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
     )
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +71,8 @@ class RunFiles:
         Raises:
             DataError: it is damaged.
         """
-        config = _read(self.config, "a run's settings", lambda path: yaml.safe_load(path.read_text()))
-        return dict(config)
+        config: dict[str, Any] = _read(self.config, "a run's settings", yaml.safe_load, dict)
+        return config
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
@@ -85,7 +85,8 @@ class RunFiles:
         Raises:
             DataError: it is damaged.
         """
-        return dict(_read(self.summary, "a finished run's figures", lambda path: json.loads(path.read_text())))
+        summary: dict[str, Any] = _read(self.summary, "a finished run's figures", json.loads, dict)
+        return summary
 
     def append_metrics(self, records: list[dict[str, Any]]) -> None:
         """Add lines to metrics.jsonl."""
@@ -96,9 +97,15 @@ class RunFiles:
         """Read the lines of metrics.jsonl; a last line that was cut off is left out."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().split("\n")[:-1]
-        parse: Callable[[Path], Any] = lambda _: [json.loads(line) for line in lines]  # noqa: E731
-        return list(_read(self.metrics, "a JSON object a line", parse))
+
+        def parse(text: str) -> list[dict[str, Any]]:
+            records = [json.loads(line) for line in text.split("\n")[:-1]]
+            if not all(isinstance(record, dict) for record in records):
+                raise ValueError("something else in a line")
+            return records
+
+        records: list[dict[str, Any]] = _read(self.metrics, "a JSON object a line", parse, list)
+        return records
 
     def keep_metrics(self, count: int) -> None:
         """Drop the lines written after a checkpoint that knew ``count`` of them."""
@@ -118,11 +125,14 @@ class RunFiles:
             CheckpointError: it is no checkpoint of a run, or damaged.
         """
         try:
+            with zipfile.ZipFile(self.checkpoint) as file:
+                if damaged := file.testzip():  # torch.load does not look at the checksums
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            do = "It is damaged or another program's: delete it, or use another --out."
-            raise CheckpointError(must(str(self.checkpoint), "be a checkpoint", reason, do)) from error
+        except Exception as error:  # what a damaged file makes the unpickler raise can be anything
+            do = "It is damaged or another program's: move it away, or use another --out."
+            unread = f"a file that cannot be read ({type(error).__name__})"
+            raise CheckpointError(must(str(self.checkpoint), "be a checkpoint", unread, do)) from error
         if not isinstance(state, dict) or "loader" not in state or "settings" not in state:
             got = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
             do = "It is another program's: move it away, or use another --out."
@@ -130,11 +140,11 @@ class RunFiles:
         return state
 
 
-def _read(path: Path, what: str, parse: Callable[[Path], Any]) -> Any:
-    """Parse a file; objects and lists only."""
+def _read(path: Path, what: str, parse: Callable[[str], Any], kind: type) -> Any:
+    """Parse a text file that holds one thing of a kind."""
     try:
-        value = parse(path)
-        if not isinstance(value, dict | list):
+        value = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
             raise ValueError(f"a {type(value).__name__}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]

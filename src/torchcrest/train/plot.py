@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchcrest.errors import ConfigError, must
+from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.train.compare import run_name
 from torchcrest.train.files import RunFiles, replacing
 from torchcrest.train.settings import RunSettings
@@ -26,6 +26,7 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
 
     Raises:
         ConfigError: matplotlib is missing.
+        DataError: a run has lost its metrics.
     """
     try:
         from matplotlib.figure import Figure
@@ -36,14 +37,19 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours: dict[str, str] = {}
-    lowest = []
+    lowest, curves = [], []
     for run in runs:
         name = run_name(run).rpartition("-s")[0].replace("-", " ")
         first = name not in colours
         colour = colours.setdefault(name, f"C{len(colours)}")
-        points = [e for e in RunFiles(folder / run_name(run)).read_metrics() if e["event"] == "evaluation"]
+        files = RunFiles(folder / run_name(run))
+        points = [e for e in files.read_metrics() if e["event"] == "evaluation"]
+        if not points:
+            do = "Move the run's folder away and run it again."
+            raise DataError(must(str(files.metrics), "hold evaluations", "none", do))
         accuracy = [100 * e["accuracy"] for e in points]
         lowest += accuracy[len(accuracy) // 3 :]
+        curves.append((points, accuracy))
         for axis, key in zip(axes, ("examples_trained", "seconds"), strict=True):
             axis.plot(
                 [e[key] for e in points], accuracy, color=colour, lw=1.2, alpha=0.8, label=name if first else None
@@ -55,7 +61,12 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].set_ylim(bottom=max(0.0, min(lowest, default=0.0) - 5))
+    # Later training is what tells methods apart: leave out what is far below, and the time before it.
+    bottom = max(0.0, min(lowest, default=0.0) - 5)
+    axes[0].set_ylim(bottom=bottom)
+    for axis, key in zip(axes, ("examples_trained", "seconds"), strict=True):
+        left = [p[key] for points, accuracy in curves for p, a in zip(points, accuracy, strict=True) if a >= bottom]
+        axis.set_xlim(left=0.7 * min(left))
     axes[1].legend(loc="lower right", frameon=False)
     seeds = len({run.seed for run in runs})
     figure.suptitle(f"{_short(runs[0].task)}: {seeds} seed{'s' if seeds > 1 else ''}, a dot ends each run", fontsize=11)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from torchcrest.train.tasks import Examples, Task, load
 __all__ = ["Interrupted", "Status", "prepare", "refuse_other", "train"]
 
 LOOK_EVERY = 16  # steps between looks at the training losses, which wait for the device
+TELL_EVERY = 0.2  # seconds between calls of the watcher
+SAVE_EVERY = 300.0  # seconds between checkpoints, where evaluations are further apart
 EVALUATED_TOGETHER = 1000  # test examples
 
 
@@ -68,14 +72,18 @@ class Status:
     seconds: float
 
 
-def prepare(settings: RunSettings) -> tuple[Task, RunSettings]:
+def prepare(settings: RunSettings, task: Task | None = None) -> tuple[Task, RunSettings]:
     """Load the task and fill in its defaults, so that whatever cannot work is refused before training.
+
+    Args:
+        settings: of the run.
+        task: the same task, loaded before.
 
     Raises:
         ConfigError: settings that cannot work.
         DataError: data that cannot be used.
     """
-    task = load(settings.task, augment=settings.augment, flip=settings.flip, seed=settings.seed)
+    task = task or load(settings.task, augment=settings.augment, flip=settings.flip, seed=settings.seed)
     settings = settings.resolved(task)
     assert settings.model is not None
     build(settings.model, task.shape, task.classes, settings.seed)
@@ -109,6 +117,10 @@ def train(
         NonFiniteLossError: a loss is NaN or infinite.
         Interrupted: stopped on request.
     """
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ConfigError(
+            must("out", "be a folder", str(folder), "There is a file of that name: choose another --out.")
+        )
     files = RunFiles(folder)
     if files.began() and not resume:
         do = "Add --resume to go on with it, or choose another --out."
@@ -127,14 +139,27 @@ def refuse_other(settings: RunSettings, files: RunFiles) -> None:
     Raises:
         CheckpointError: naming all that differ.
     """
-    saved, own = files.read_config(), settings.to_dict()
+    _refuse_difference(settings, files.read_config(), files.config)
+
+
+def _refuse_difference(settings: RunSettings, found: Mapping[str, Any], path: Path) -> None:
+    saved, own = _flat(found), _flat(settings.to_dict())
     problems = [
-        must(f"{name} in {files.config}", f"be {own.get(name)!r}, as asked for", saved.get(name), "Use another --out.")
+        must(f"{name} in {path}", f"be {own.get(name)!r}, as asked for", saved.get(name), "Use another --out.")
         for name in sorted({*saved, *own})
         if saved.get(name) != own.get(name)
     ]
     if problems:
         raise CheckpointError("\n".join(problems))
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings inside another one with a dot, as the command does."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{key}": inside for key, inside in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= inner
+    return flat
 
 
 class _Run:
@@ -170,8 +195,10 @@ class _Run:
         self.test_loss = float("nan")
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses, indices: not yet looked at
         self.recent: list[float] = []  # mean training losses since the last evaluation
+        self.latest: deque[float] = deque(maxlen=LOOK_EVERY)  # and of the last steps
         self.watch, self.stop = watch, stop
-        self._told = 0.0
+        self._told = -math.inf
+        self._saved = time.monotonic()
 
     def go(self) -> dict[str, Any]:
         if self.files.checkpoint.exists():
@@ -190,21 +217,25 @@ class _Run:
             self.optimizer.zero_grad()
             self.step += 1
             self.pending.append((self.step, losses.detach(), self.loader.indices))
-            if len(self.pending) == LOOK_EVERY:
-                self._look_at_losses()
+            now = time.monotonic()
             evaluate = self.step in self.evaluate_at
-            stopping = self.stop()
-            if evaluate or stopping or self.watch:
-                synchronize(self.device) if evaluate or stopping else None
+            stopping = self.stop() and self.step < self.steps
+            saving = stopping or now - self._saved > SAVE_EVERY
+            telling = self.watch is not None and (evaluate or now - self._told > TELL_EVERY)
+            pause = evaluate or saving or telling
+            if pause or len(self.pending) == LOOK_EVERY:
+                self._look_at_losses()
+            if pause:
+                synchronize(self.device)
                 self.seconds += time.perf_counter() - started
-                if evaluate or stopping:
-                    self._look_at_losses()
                 if evaluate:
                     self._evaluate()
-                if stopping and self.step < self.steps:
+                elif saving:
                     self._save()
+                if stopping:
                     raise Interrupted(self.files.folder, self.step, self.steps)
-                self._tell(evaluate)
+                if telling:
+                    self._tell(evaluate)
                 started = time.perf_counter()
         summary = self._summary()
         self.files.write_summary(summary)
@@ -231,28 +262,28 @@ class _Run:
         ):
             bad = (~losses.isfinite()).cpu()
             if bad.any():
-                shown = ", ".join(map(str, indices[bad].tolist()[:10])) + (", ..." if bad.sum() > 10 else "")
-                raise NonFiniteLossError(
-                    f"The training loss is {mean} in step {step}: {int(bad.sum())} of {len(bad)} examples are not "
-                    f"finite (data-set indices {shown}). Lower the learning rate, or look at these examples."
-                )
+                raise NonFiniteLossError.about("training loss", f"in step {step}", indices[bad].tolist(), len(bad))
             self.recent.append(mean)
+            self.latest.append(mean)
         self.pending.clear()
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Measure test accuracy and loss, write a metrics line and a checkpoint."""
         self.model.eval()
-        right, loss = torch.zeros(2, dtype=torch.float64)
+        right, losses = 0, []
         test: Examples = self.task.test
         for start in range(0, len(test), EVALUATED_TOGETHER):
             x, y = test.__getitems__(list(range(start, min(start + EVALUATED_TOGETHER, len(test)))))
-            outputs = self.model(x.to(self.device)).float()
-            y = y.to(self.device)
-            right += (outputs.argmax(1) == y).sum().cpu()
-            loss += F.cross_entropy(outputs, y, reduction="sum").double().cpu()
+            outputs, y = self.model(x.to(self.device)).float(), y.to(self.device)
+            right += int((outputs.argmax(1) == y).sum())
+            losses.append(F.cross_entropy(outputs, y, reduction="none").double().cpu())
         self.model.train()
-        self.accuracy, self.test_loss = float(right) / len(test), float(loss) / len(test)
+        loss = torch.cat(losses)
+        if not loss.isfinite().all():  # the training loss need not show what the very last step did
+            bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
+            raise NonFiniteLossError.about("test loss", f"after step {self.step}", bad, len(test))
+        self.accuracy, self.test_loss = right / len(test), float(loss.mean())
         stats = self.loader.stats
         record = {
             "event": "evaluation",
@@ -271,6 +302,7 @@ class _Run:
 
     def _save(self, *records: dict[str, Any]) -> None:
         """Write metrics lines and a checkpoint that knows of them."""
+        self._saved = time.monotonic()
         lines = [*self.loader.history[self.events :], *records]
         self.files.append_metrics(lines)
         self.events = len(self.loader.history)
@@ -292,6 +324,8 @@ class _Run:
 
     def _load(self) -> None:
         state = self.files.read_checkpoint()
+        _refuse_difference(self.settings, state["settings"], self.files.checkpoint)
+        self.files.write_config(self.settings.to_dict())
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -307,11 +341,8 @@ class _Run:
         self.files.keep_metrics(self.lines)
 
     def _tell(self, evaluated: bool) -> None:
-        now = time.monotonic()
-        if self.watch is None or (not evaluated and now - self._told < 0.2):
-            return
-        self._told = now
-        self._look_at_losses()
+        assert self.watch is not None
+        self._told = time.monotonic()
         stats = self.loader.stats
         spent = stats.seconds_selecting + stats.seconds_checking + stats.seconds_curvature
         regions = [event for event in self.loader.history[-50:] if event["event"] == "region"]
@@ -319,7 +350,7 @@ class _Run:
             Status(
                 step=self.step,
                 steps=self.steps,
-                loss=float(np.mean(self.recent[-LOOK_EVERY:])) if self.recent else float("nan"),
+                loss=float(np.mean(self.latest)),
                 accuracy=self.accuracy,
                 evaluated=evaluated,
                 regions=stats.regions,

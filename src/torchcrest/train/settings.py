@@ -81,6 +81,10 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(must(name, "be above 0", value, "Leave it out for the task's default."))
+        if not 0 <= self.momentum < 1:
+            problems.append(must("momentum", "be in [0, 1)", self.momentum, "0.9 is usual."))
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
+            problems.append(must("weight_decay", "be at least 0", self.weight_decay, "0 switches it off."))
         if not 0 <= self.warmup <= 0.5:
             problems.append(must("warmup", "be a share in [0, 0.5]", self.warmup, "0.1 is usual."))
         hints = get_type_hints(RunSettings)
@@ -105,7 +109,8 @@ class RunSettings:
         crest = replace(self.crest, batch_size=batch_size)
         if self.method == "crest" and crest.pool_size > examples:
             want = f"be at most the {examples} training examples"
-            raise ConfigError(must("crest.pool_size", want, crest.pool_size, f"Use for example {4 * batch_size}."))
+            do = f"Use for example {min(2 * batch_size, examples)}."
+            raise ConfigError(must("crest.pool_size", want, crest.pool_size, do))
         return replace(
             self,
             epochs=self.epochs or task.epochs,

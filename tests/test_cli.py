@@ -1,0 +1,348 @@
+"""The command: what it refuses and how, configuration files, stopping and going on, coresets of raw features."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+import torchcrest
+from conftest import Blobs, same
+from torchcrest import cli
+from torchcrest.train.files import RunFiles
+
+# 20 steps in full, 10 in the budget, of blobs.npz
+QUICK = ["--epochs=2", "--batch_size=16", "--budget=0.5", "--evaluations=2"]
+QUICK += ["--crest.pool_size=48", "--crest.interval_scale=3", "--crest.exclude=false"]
+BLOBS = ["train", "npz:blobs.npz", *QUICK]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with data in it."""
+    monkeypatch.chdir(tmp_path)
+    blobs = Blobs(200)
+    x, y = blobs.x.numpy(), blobs.y.numpy()
+
+    def save(name: str, y_train: Any = y[:160], x_train: Any = x[:160]) -> None:
+        np.savez(name, x_train=x_train, y_train=y_train, x_test=x[160:], y_test=y[160:])
+
+    save("blobs.npz")
+    save("float.npz", y_train=y[:160].astype(float))
+    save("empty.npz", x_train=x[:0], y_train=y[:0])
+    save("negative.npz", y_train=y[:160] - 1)
+    np.savez("missing.npz", x_train=x, y_train=y, x_test=x)
+    np.save("x.npy", x)
+    np.save("y.npy", y)
+    np.save("float.npy", y.astype(float))
+    Path("text.npy").write_text("1, 2")
+    Path("file").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        return Result(status, *capsys.readouterr())
+
+    return call
+
+
+def final(folder: str) -> Any:
+    return RunFiles(Path(folder)).read_checkpoint()["model"]
+
+
+# Bad input ---------------------------------------------------------------------------------------------------
+
+BAD = {
+    "": "train, ?compare, ?select",
+    "trian digits": "command must be one of .*Did you mean train",
+    "train": "task",
+    "train digitz": "task must be one of .*Did you mean digits",
+    "train blobs.npz": "Did you mean npz:blobs.npz",
+    "train npz:nothing.npz": "nothing.npz must be readable.*No such file",
+    "train npz:missing.npz": "missing.npz must hold .*Add y_test",
+    "train npz:float.npz": "y_train must be whole numbers.*float64",
+    "train npz:empty.npz": r"x_train must hold one example or more, got \(0, 8\)",
+    "train npz:negative.npz": "y_train must be 0 or more",
+    "BLOBS --method crets": "method must be one of .*Did you mean crest",
+    "BLOBS --model resnet21": "model must be one of .*Did you mean resnet2?0?",
+    "BLOBS --preset cifar": "preset must be one of .*Did you mean cifar10",
+    "BLOBS --budget 0": r"budget must be in \(0, 1\], got 0.0",
+    "BLOBS --budget lots": "budget",
+    "BLOBS --epochs 0": "epochs must be above 0",
+    "BLOBS --batch_size 0": "batch_size must be above 0|batch_size must be a whole number of at least 1",
+    "BLOBS --learning_rate -0.1": "learning_rate must be above 0",
+    "BLOBS --seed -1": "seed must be at least 0",
+    "BLOBS --warmup 0.6": "warmup must be a share in",
+    "BLOBS --momentum 7": "momentum must be",
+    "BLOBS --weight_decay -1": "weight_decay must be",
+    "BLOBS --schedule cosin": "schedule.*cosine",
+    "BLOBS --optimizer adam": "optimizer.*adamw",
+    "BLOBS --device gpu": "device must be usable",
+    "BLOBS --augment true": "augment must be False here",
+    "BLOBS --crest.pool_size 161": "pool_size must be at most the 160 training examples",
+    "BLOBS --crest.pool_size 8": "pool_size must be at least batch_size = 16",
+    "BLOBS --batch_size 161 --method random --crest.pool_size 161": "batch_size must be at most the 160",
+    "BLOBS --crest.curvature none": "curvature.*first_order",
+    "BLOBS --bugdet 0.1": "--bugdet",
+    "BLOBS --config nothing.yaml": "nothing.yaml",
+    "BLOBS --config blobs.npz": "config",
+    "BLOBS --out file": "out must be a folder|file",
+    "BLOBS --out file/run": "out must be a folder|file/run",
+    "compare npz:blobs.npz --methods full crets": "method must be one of .*Did you mean crest",
+    "compare npz:blobs.npz --budget 0.1 2": r"budget must be in \(0, 1\], got 2.0",
+    "select nothing.npy --size 3 --out o.npz": "nothing.npy must be a .npy file.*No such file",
+    "select text.npy --size 3 --out o.npz": "text.npy must be a .npy file",
+    "select blobs.npz --size 3 --out o.npz": "blobs.npz must be a .npy file",
+    "select x.npy --size 3 --out o.npy": "out must end in .npz",
+    "select x.npy --size 3 --out file/o.npz": "out must|file",
+    "select x.npy --size 201 --out o.npz": "size must be .* 200, got 201",
+    "select x.npy --out o.npz": "size",
+    "select y.npy --size 3 --out o.npz": r"features must have shape \[n, d\]",
+    "select x.npy --labels float.npy --size 3 --out o.npz": "labels must be integers, got '?(torch.)?float64",
+    "select x.npy --size 3 --metric manhatan --out o.npz": "metric must be one of",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_exits_with_2_and_one_error(folder: Path, command: Command, line: str) -> None:
+    before = sorted(folder.rglob("*"))
+    result = command(*[part for word in line.split() for part in (BLOBS if word == "BLOBS" else [word])])
+    assert result.status == 2
+    assert result.out == ""
+    assert re.search(BAD[line], result.err, re.DOTALL), result.err
+    assert len(re.findall(r"^error: \S", result.err, re.MULTILINE)) == 1, result.err
+    assert not re.search(r"Traceback|<class|typing\.", result.err), "words that only Python programmers know"
+    assert sorted(folder.rglob("*")) == before, "nothing is written"
+
+
+def test_all_problems_come_in_one_message(command: Command) -> None:
+    wrong = ["--budget=2", "--method=crestt", "--crest.tolerance=-1", "--crest.pool_size=8"]
+    error = command(*BLOBS, *wrong).err
+    assert error.count("error:") == 1
+    for name in ("budget", "method", "tolerance", "pool_size"):
+        assert f"{name} must" in error, error
+
+
+def test_a_loss_that_explodes_is_named(command: Command) -> None:
+    for method in ("random", "crest"):
+        result = command(*BLOBS, "--learning_rate=1e6", "--budget=1", f"--method={method}")
+        assert result.status == 2
+        assert re.search(r"error: The (training )?loss is .* step \d+.*data-set indices \d+", result.err)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\3\4 half"], ids=["empty", "foreign", "truncated"])
+def test_a_damaged_checkpoint_is_named_and_left_in_place(command: Command, content: bytes) -> None:
+    assert command(*BLOBS, "--out=run").status == 0
+    Path("run/summary.json").unlink()
+    Path("run/checkpoint.pt").write_bytes(content)
+    result = command(*BLOBS, "--out=run", "--resume")
+    assert result.status == 2
+    assert re.match(r"error: run/checkpoint\.pt must be a checkpoint, got .*\n$", result.err), result.err
+    assert Path("run/checkpoint.pt").read_bytes() == content
+
+
+# Configuration -----------------------------------------------------------------------------------------------
+
+
+def printed(command: Command, *arguments: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(command(*arguments, "--print_config").out))
+
+
+def test_help_and_version(command: Command) -> None:
+    assert command("--version") == (0, f"torchcrest {torchcrest.__version__}\n", "")
+    texts = {name: command(*name.split(), "--help") for name in ("", "train", "compare", "select")}
+    for text in texts.values():
+        assert (text.status, text.err) == (0, "")
+        assert ":class:" not in text.out
+        assert "``" not in text.out, "markup in the help"
+    for option in ("--method", "--budget", "--epochs", "--seed", "--out", "--resume", "--preset", "--crest.tolerance"):
+        assert option in texts["train"].out
+    for option in ("--methods", "--budget", "--seeds", "--out", "--crest.tolerance"):
+        assert option in texts["compare"].out
+    assert "--resume" not in texts["compare"].out
+    for option in ("--labels", "--size", "--metric", "--out"):
+        assert option in texts["select"].out
+
+
+def test_the_printed_configuration_gives_the_same_run(command: Command) -> None:
+    flags = ["--seed=3", "--optimizer=adamw", "--learning_rate=0.01", "--crest.tolerance=0.02"]
+    Path("printed.yaml").write_text(command(*BLOBS, *flags, "--print_config").out)
+    assert command(*BLOBS, *flags, "--out=flags").status == 0
+    assert command("train", "--config=printed.yaml", "--out=copy").status == 0
+    assert Path("flags/config.yaml").read_text() == Path("copy/config.yaml").read_text()
+    assert same(final("flags"), final("copy"))
+
+
+def test_a_run_s_configuration_gives_the_same_run(command: Command) -> None:
+    assert command(*BLOBS, "--seed=3", "--out=run").status == 0
+    result = command("train", "--config=run/config.yaml", "--out=again")
+    assert (result.status, result.err) == (0, "")
+    assert "Run: again" in result.out
+    assert same(final("run"), final("again"))
+
+
+def test_a_run_s_configuration_is_no_comparison_s(command: Command) -> None:
+    assert command(*BLOBS, "--seed=3", "--out=run").status == 0
+    result = command("compare", "--config=run/config.yaml", "--out=comparison")
+    assert result.status == 2
+    assert "config must hold methods, budget and seeds as lists" in result.err
+
+
+def test_flags_override_the_file(command: Command) -> None:
+    Path("my.yaml").write_text("task: npz:blobs.npz\nbudget: 0.5\nseed: 4\ncrest:\n  tolerance: 0.3\n  pool_size: 60\n")
+    config = printed(command, "train", "--config=my.yaml", "--budget=0.25", "--crest.tolerance=0.4")
+    assert (config["budget"], config["seed"]) == (0.25, 4)
+    assert (config["crest"]["tolerance"], config["crest"]["pool_size"]) == (0.4, 60)
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_a_preset_sets_what_flags_do_not(command: Command, name: str) -> None:
+    for flags in (["--preset", "snli"], ["--preset=snli"]):
+        config = printed(command, name, "digits", "--crest.tolerance=0.4", *flags)
+        assert config["batch_size"] == 32
+        expected = {"pool_size": 2850, "interval_scale": 4.0, "curvature": "rms", "tolerance": 0.4}
+        assert config["crest"].items() >= expected.items()
+    short = command(name, "digits", "--pre=snli", "--print_config")
+    assert short.status == 2 or yaml.safe_load(short.out)["crest"]["pool_size"] == 2850, "taken, and ignored"
+
+
+def test_a_preset_in_a_file_is_heeded(command: Command) -> None:
+    Path("my.yaml").write_text("preset: snli\nbatch_size: 16\n")
+    config = printed(command, "train", "digits", "--config=my.yaml")
+    assert (config["crest"]["pool_size"], config["batch_size"]) == (2850, 16)
+
+
+# Output, stopping, going on ----------------------------------------------------------------------------------
+
+
+def test_a_comparison_ends_with_table_and_picture(command: Command) -> None:
+    result = command("compare", "npz:blobs.npz", *QUICK, "--methods", "full", "random", "crest", "--seeds", "0", "1")
+    assert (result.status, result.err) == (0, "")
+    rows = [line.split() for line in result.out.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("full", "random", "crest")] == ["full", "random", "crest"]
+    assert "nan" not in result.out
+    assert "…" not in result.out
+    (picture,) = re.findall(r"^Picture: (.*)$", result.out, re.MULTILINE)
+    assert picture == "runs/blobs/compare/comparison.png"
+    assert Path(picture).exists()
+
+
+def test_warnings_are_a_line_on_stderr(command: Command) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = command(*BLOBS, "--batch_size=2")
+    assert result.status == 0
+    assert re.fullmatch(r"warning: batch_size = 2 is smaller than the number of classes.*\n", result.err)
+
+
+TWO = ["compare", *BLOBS[1:], "--methods", "random", "crest"]
+
+
+@pytest.mark.parametrize("start", [BLOBS, [*BLOBS, "--resume"], TWO], ids=["train", "resume", "compare"])
+def test_the_command_to_go_on_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
+    out = "my [bold] 'run'"
+    stops = iter(step == 7 for step in range(1, 100))
+
+    @contextmanager
+    def stop_after_7(console: Console) -> Iterator[Callable[[], bool]]:
+        yield lambda: next(stops)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "stop_requests", stop_after_7)
+        stopped = command(*start, "--out", out)
+    assert stopped.status == 130
+    assert re.search(rf"Stopped after step 7 of 10\. The checkpoint is in {re.escape(out)}", stopped.out)
+    (line,) = re.findall(r"^Go on with: (.*)$", stopped.out, re.MULTILINE)
+    assert line.count("--resume") == (start[0] == "train")
+    assert command(*shlex.split(line)[1:]).status == 0
+    assert command(*start, "--out=whole").status == 0
+    runs = [path.parent.relative_to(out) for path in Path(out).rglob("checkpoint.pt")]
+    assert len(runs) == (1 if start[0] == "train" else 2)
+    assert all(same(final(str(Path(out, run))), final(str(Path("whole", run)))) for run in runs)
+
+
+def test_ctrl_c_at_another_time_leaves_no_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second Ctrl-C, or one while features are read."""
+
+    def interrupted(*args: Any, **kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    try:
+        assert command(*BLOBS).status == 130
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+
+
+def test_ctrl_c_and_the_printed_command_in_a_real_shell(folder: Path, command: Command) -> None:
+    bin_ = Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+    long, pipe = [*BLOBS, "--epochs=100", "--evaluations=50"], subprocess.PIPE
+    start = [str(bin_ / "torchcrest"), *long, "--out", "my run"]
+    with subprocess.Popen(start, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stdout
+        assert "step 10/500" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+    files = RunFiles(folder / "my run")
+    assert f"Stopped after step {files.read_checkpoint()['step']} of 500" in out
+    assert not files.finished()
+    (line,) = re.findall(r"^Go on with: (.*)$", out, re.MULTILINE)
+    again = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "step 10/500" not in again.stdout, "it goes on, it doesn't begin anew"
+    assert json.loads(files.summary.read_text())["steps"] == 500
+    assert command(*long, "--out=whole").status == 0
+    assert same(final("my run"), final("whole"))
+
+
+# select ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels=y.npy"]], ids=["no labels", "labels"])
+def test_select_writes_a_weighted_coreset(command: Command, labels: list[str]) -> None:
+    result = command("select", "x.npy", *labels, "--size=20", "--out=new folder/coreset.npz")
+    assert (result.status, result.err) == (0, "")
+    assert "20 of 200" in result.out
+    with np.load("new folder/coreset.npz") as file:
+        indices, weights = file["indices"], file["weights"]
+    expected = torchcrest.coreset(np.load("x.npy"), 20, np.load("y.npy") if labels else None)
+    assert np.array_equal(indices, expected[0])
+    assert np.array_equal(weights, expected[1])
+    assert len(set(indices.tolist())) == 20
+    assert weights.sum() == 200
+    assert weights.min() >= 1
+    if labels:
+        y = np.load("y.npy")
+        assert [weights[y[indices] == k].sum() for k in range(4)] == np.bincount(y).tolist()
