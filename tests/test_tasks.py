@@ -140,7 +140,7 @@ def test_examples_errors(
     ("name", "train", "test", "shape", "settings"),
     [
         ("digits", 1437, 360, (1, 8, 8), ("mlp", 30, 0.05, 32, 5e-4)),
-        ("mnist1d", 400, 100, (1, 40), ("conv1d", 60, 0.1, 128, 5e-4)),
+        ("mnist1d", 400, 100, (1, 40), ("conv1d", 60, 0.2, 128, 5e-4)),
     ],
 )
 def test_named_tasks(name: str, train: int, test: int, shape: tuple[int, ...], settings: tuple[Any, ...]) -> None:

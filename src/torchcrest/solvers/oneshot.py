@@ -164,7 +164,7 @@ def _labels(labels: Any, n: int) -> Tensor:
         if labels.dtype.kind not in "fiubc":
             raise DataError(must("labels", "be integers", str(labels.dtype), "Number the classes from 0."))
         labels = torch.from_numpy(labels.astype(labels.dtype.newbyteorder("=")))
-    y = labels.detach().cpu()
+    y: Tensor = labels.detach().cpu()
     if tuple(y.shape) != (n,):
         raise DataError(
             must(
