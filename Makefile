@@ -14,9 +14,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Full training, random data and CREST at a tenth of the steps; runs that are there are not run again.
+# Full training, random data and CREST at a tenth of the steps; runs that are there are not run again. The net is
+# tiny: a second thread would not make it faster, and on a busy machine the two would wait for each other.
 demo: install
-	$(BIN)/torchcrest compare mnist1d --methods full random crest --budget 0.1 --seeds 0 1 2 --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchcrest compare mnist1d --methods full random crest --budget 0.1 --seeds 0 1 2 --out runs/demo
 
 test: install
 	$(BIN)/python -m pytest

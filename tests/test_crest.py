@@ -136,6 +136,16 @@ class TestCost:
         taken, _ = self.run(ALWAYS, curvature_coresets=coresets, curvature="signed", steps=3)
         assert taken == [([48] * 7, [16] * expected), ([], []), ([], [])]
 
+    def test_gradient_is_the_mean_over_coresets(self, blobs: Blobs) -> None:
+        settings = config(curvature="signed", curvature_coresets=3, interval_scale=4)
+        crest = make_crest(make_net(), blobs, config=settings)
+        next(iter(crest))
+        assert crest._region is not None
+        gradients = [crest._meter.differentiate(coreset, None)[0] for coreset in crest._region.coresets[:3]]
+        mean = [torch.stack(of_one).mean(0) for of_one in zip(*gradients, strict=True)]
+        (region,) = events(crest, "region")
+        assert region["gradient_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in mean]).norm()), rel=1e-5)
+
     def test_user_batches_are_not_read_twice(self) -> None:
         class Reads(Blobs):
             reads = 0
