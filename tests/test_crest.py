@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from conftest import (
     SMALL,
@@ -21,6 +21,7 @@ from conftest import (
     make_net,
     parameters_of,
     same,
+    seeded,
     sgd,
     train_pass,
     train_step,
@@ -236,6 +237,28 @@ class TestChecks:
             model.layers[0].requires_grad_(step >= 1)
             train_step(model, torch.optim.SGD(model.parameters(), lr=0.01), batch)
         assert crest.stats.checks > 0
+
+    def test_swapping_trained_layers_of_the_same_shape_forgets_the_means(self, blobs: Blobs) -> None:
+        class Twins(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x: Tensor, _index: Tensor) -> Tensor:
+                out: Tensor = self.last(self.first(x).tanh())
+                return out
+
+        model = seeded(Twins)
+        crest = make_crest(model, blobs, config=config(tolerance=NEVER, interval_scale=1.0), steps=8)
+        updates = []
+        for step, batch in enumerate(crest):
+            model.first.requires_grad_(step < 3)
+            model.last.requires_grad_(step >= 3)
+            train_step(model, torch.optim.SGD(model.parameters(), lr=0.01), batch)
+            updates.append(crest._quadratic.updates)
+        assert updates[:2] == [1, 1]  # all parameters at first, then the first layer's alone
+        assert updates[4] == 1
+        assert updates[-1] > 1
 
 
 class TestRegions:

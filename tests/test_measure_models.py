@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from conftest import Blobs, M, R, batch, coreset_of, generator, make_net, measure, meter_of, seeded
 from torchcrest import ConfigError
+from torchcrest.objectives import as_objective
 
 
 class Attention(nn.Module):
@@ -52,12 +53,21 @@ def compiled() -> Any:
     return torch.compile(make_net(norm=False), backend="eager")
 
 
+def compiled_inside() -> nn.Module:
+    """Compile a layer, and the whole in place, by a backend without second derivatives: no wrapper to look behind."""
+    net = make_net(norm=False)
+    net.layers[0] = torch.compile(net.layers[0], backend="aot_eager")  # type: ignore[assignment]
+    net.compile(backend="aot_eager")
+    return net
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "net": make_net,
     "fused attention": Attention,
     "transformer encoder": Encoder,
     "lstm": Recurrent,
     "compiled": compiled,
+    "compiled inside": compiled_inside,
     "bfloat16": lambda: make_net(norm=False).bfloat16(),
     "float64": lambda: make_net(norm=False).double(),
 }
@@ -95,7 +105,8 @@ class TestModels:
             with torch.no_grad():
                 for p, z in zip(parameters, zs, strict=True):
                     p += shift * z
-            outputs = exact(coreset.data[0].double())
+            with torch.compiler.set_stance("force_eager"):
+                outputs = exact(coreset.data[0].double())
             loss = (F.cross_entropy(outputs, coreset.data[1], reduction="none") * coreset.weights).mean()
             gradients = list(torch.autograd.grad(loss, parameters))
             with torch.no_grad():
@@ -158,3 +169,24 @@ class TestLastLayer:
         model = make_net()
         measure(meter_of(model, whole_layer=True), batch(blobs))
         assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_loss_without_a_second_derivative(blobs: Blobs) -> None:
+    def margin(outputs: Tensor, data: Any) -> Tensor:
+        return F.multi_margin_loss(outputs, data[-1], reduction="none")
+
+    meter, coreset = meter_of(make_net(), objective=as_objective(margin)), coreset_of(batch(blobs, M))
+    with pytest.raises(ConfigError, match=r"curvature must be 'first_order' where the loss .* no second derivative"):
+        meter.differentiate(coreset, generator())
+    gradient, curvature = meter.differentiate(coreset, None)
+    assert all(g.isfinite().all() for g in gradient)
+    assert curvature == []
+
+
+def test_autocast_around_the_whole_loop(blobs: Blobs) -> None:
+    """Autocast keeps cast weights; those cast while measuring carry no gradient."""
+    model = make_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        measure(meter_of(model), batch(blobs, R))
+        model(blobs.x[:M]).float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -245,8 +245,9 @@ class TestModel:
         assert model.predict([torch.ones(3, dtype=torch.bfloat16)]) == pytest.approx(4.5)
 
     @pytest.mark.parametrize("curvature", VARIANTS)
-    def test_begins_anew_where_the_parameters_change(self, curvature: Any) -> None:
+    def test_restart_forgets(self, curvature: Any) -> None:
         model = fed(curvature, rounds_of(4, size=6))
+        model.restart()
         (g, h) = rounds_of(1, size=3)[0]
         model.update([g], [] if curvature == "first_order" else [h])
         assert model.updates == 1

@@ -127,6 +127,7 @@ class Crest(Passes):
         )
         self._feed = Feed(dataset, Draws(self._active.mask, seed), config.pool_size, reading, seed)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
+        self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
         self._region: _Region | None = None
         self._interval = config.interval_scale  # T1, before rounding and capping
         self._first_curvature: float | None = None  # ||H_0||
@@ -227,6 +228,10 @@ class Crest(Passes):
             g, h = self._meter.differentiate(coreset, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
+        parameters = self._meter.parameters()
+        if [id(p) for p in parameters] != [id(p) for p in self._modelled]:
+            self._quadratic.restart()
+        self._modelled = parameters
         self._quadratic.update(gradient, curvature)
 
     def _pick(self, region: _Region) -> Coreset:
@@ -349,7 +354,8 @@ class Crest(Passes):
         self._meter.forwarded = state["stats"]["examples_forwarded"]
         saved = state["region"]
         self._region = saved and self._read_region(saved)
-        self._quadratic.load_state_dict(state["quadratic"], self._region.parameters if self._region else [])
+        self._modelled = self._region.parameters if self._region else []
+        self._quadratic.load_state_dict(state["quadratic"], self._modelled)
 
     def _read_region(self, saved: dict[str, Any]) -> _Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""

@@ -57,9 +57,12 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
                 module.track_running_stats = False
             elif was_training:
                 module.training = False
+        # Under autocast around a whole loop, weights cast without gradients must not reach the training step.
+        torch.clear_autocast_cache()
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
+        torch.clear_autocast_cache()
         for module, was_training in training.items():
             if module.training != was_training:
                 module.training = was_training
@@ -147,19 +150,29 @@ class Meter:
 
         Runs the eager module with the attention that has a second derivative.
         """
-        # torch.compile's wrapper and its fused kernels have none.
         model = getattr(self.model, "_orig_mod", self.model)
-        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        modules = list(model.modules())
 
         def loss() -> Tensor:
             outputs = self.objective.outputs(model, tree.clone(coreset.data))
             return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
 
         with observing(model, self.mode), ExitStack() as stack:
+            # Neither fused attention, nor compiled modules, nor cuDNN's recurrent layers have a second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if recurrent:  # cuDNN's recurrent layers have no second derivative either
+            if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+            try:
+                result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+            except RuntimeError as error:
+                if generator is None or "derivative" not in str(error):
+                    raise
+                want = "be 'first_order' where the loss or the model has no second derivative"
+                raise ConfigError(
+                    must("curvature", want, str(error).splitlines()[0], "Set it in CrestConfig.")
+                ) from error
         self.forwarded += len(coreset.weights)
         return result
 

@@ -83,13 +83,11 @@ class QuadraticModel:
     def update(self, gradient: Iterable[Tensor], curvature: Iterable[Tensor]) -> None:
         """Add a region's gradient and Hutchinson estimate to the running means.
 
-        Means of squares for ``rms`` (Eq. 9), plain means otherwise. Where the trainable parameters have
-        changed since the last region, the means begin anew.
+        Means of squares for ``rms`` (Eq. 9), plain means otherwise.
         """
         gradient = [g.float() for g in gradient]
         curvature = [h.float().square() if self.curvature == "rms" else h.float() for h in curvature]
-        if [g.shape for g in gradient] != [g.shape for g in self._gradient]:
-            self.updates = 0
+        if not self.updates:
             self._gradient = [torch.zeros_like(g) for g in gradient]
             self._curvature = [torch.zeros_like(h) for h in curvature]
         for mean, g in zip(self._gradient, gradient, strict=True):
@@ -97,6 +95,10 @@ class QuadraticModel:
         for mean, h in zip(self._curvature, curvature, strict=True):
             mean.lerp_(h, 1 - self.curvature_decay)
         self.updates += 1
+
+    def restart(self) -> None:
+        """Forget the running means: other parameters are trained from now on."""
+        self.updates = 0
 
     @torch.no_grad()
     def anchor(self, parameters: Iterable[Tensor], loss: float) -> None:
