@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from torchcrest.solvers import medoids, shares, weigh
+from torchcrest.solvers import facility, medoids, shares, weigh
 from torchcrest.solvers.distance import distances
 
 Counts = list[int]
@@ -252,3 +252,25 @@ class TestWeigh:
         for m in range(1, 200):
             assert torch.equal(weigh(torch.ones(m, dtype=torch.int64), 1.0), torch.ones(m))
             assert torch.equal(weigh(torch.ones(m, dtype=torch.int64), 0.5), torch.ones(m))
+
+
+def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers on a line, so that sums are exact and ties are ties in both ways."""
+    gradients = torch.randint(0, 10_000, (2, 1300, 1), generator=torch.Generator().manual_seed(0)).float()
+    labels = (torch.arange(1300) % 20 == 0).long().expand(2, -1)
+    calls: list[int] = []
+    lazy = facility._lazy
+
+    def counted(similarity: torch.Tensor, budget: int) -> torch.Tensor:
+        calls.append(len(similarity))
+        return lazy(similarity, budget)
+
+    monkeypatch.setattr(facility, "_lazy", counted)
+    rows, sizes = medoids(gradients, 60, labels)
+    assert calls == [1235, 1235]
+    monkeypatch.setattr(facility, "LAZY_FROM", 10_000)
+    monkeypatch.setattr(sys.modules["torchcrest.solvers.medoids"], "LAZY_FROM", 10_000)
+    naive = medoids(gradients, 60, labels)
+    assert calls == [1235, 1235]
+    assert torch.equal(rows, naive[0])
+    assert torch.equal(sizes, naive[1])

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchcrest.solvers.distance import distances
-from torchcrest.solvers.facility import greedy
+from torchcrest.solvers.facility import LAZY_FROM, greedy
 
 __all__ = ["medoids", "shares", "weigh"]
 
@@ -115,7 +115,8 @@ def _alike(counts: Array, quotas: Array) -> list[Array]:
     groups: list[Array] = []
     for value in np.unique(scale[open_]):
         group = np.flatnonzero(open_ & (scale == value))
-        most = max(1, CHUNK // int(counts[group].max()) ** 2)
+        width = int(counts[group].max())
+        most = 1 if width >= LAZY_FROM else max(1, CHUNK // width**2)  # the lazy way is one problem's at a time
         groups.extend(group[start : start + most] for start in range(0, len(group), most))
     return groups
 

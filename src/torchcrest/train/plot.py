@@ -63,7 +63,7 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
     axes[0].set_ylabel("test accuracy, %")
     # Later training is what tells methods apart: leave out what is far below, and the time before it.
     bottom = max(0.0, min(lowest, default=0.0) - 5)
-    axes[0].set_ylim(bottom=bottom)
+    axes[0].set_ylim(bottom, min(100.5, max(lowest, default=100.0) + 2))
     for axis, key in zip(axes, ("examples_trained", "seconds"), strict=True):
         left = [p[key] for points, accuracy in curves for p, a in zip(points, accuracy, strict=True) if a >= bottom]
         axis.set_xlim(left=0.7 * min(left))

@@ -132,7 +132,8 @@ class RunSettings:
 def _device(name: str) -> torch.device:
     """Return the device of that name; for auto, the accelerator if there is one."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
