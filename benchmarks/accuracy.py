@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from torchcrest import CrestConfig
-from torchcrest.train.compare import COLUMNS, Cell, cells, compare, plan
+from torchcrest.train.compare import COLUMNS, Cell, cells, compare, plan, run_name
 from torchcrest.train.console import render
+from torchcrest.train.files import RunFiles
 from torchcrest.train.settings import RunSettings
 
 VARIANTS = {
@@ -45,6 +47,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    short = args.task.rpartition("/")[2]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     records: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     groups: list[tuple[str, list[dict[str, Any]]]] = []
@@ -60,19 +66,19 @@ def main() -> None:
                 crest=VARIANTS.get(name, CrestConfig()),
             )
             folder = args.runs / args.out.stem / f"{name.replace(' ', '-')}-{rate:g}"
-            summaries = compare(plan(settings, [method], [args.budget], args.seeds), folder)
+            runs = plan(settings, [method], [args.budget], args.seeds)
+            summaries = compare(runs, folder)
             groups.append((f"{name}, rate {rate:g}", summaries))
-            records += [
-                {**s, "task": args.task.rpartition("/")[2], "variant": name, "learning_rate": rate, "model": args.model}
-                for s in summaries
-            ]
+            for run, summary in zip(runs, summaries, strict=True):
+                config = RunFiles(folder / run_name(run)).read_config() | {"task": short}
+                records.append({**summary, "task": short, "variant": name, "config": config, "commit": commit})
     full = max((cells(s)[0].accuracy for _, s in groups if s[0]["method"] == "full"), default=None)
     for label, summaries in groups:
         cell: Cell = cells(summaries)[0]
         error = None if full is None else 1 - cell.accuracy / full
         rows.append([label, *replace(cell, relative_error=error).row()[1:]])
     args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
-    Console(width=120).print(render(args.task.rpartition("/")[2], COLUMNS, rows))
+    Console(width=120).print(render(short, COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ COLUMNS = [
     "reg.",
 ]
 LEGEND = (
-    "rel%: accuracy missing against full. train, fwd: examples trained on, and forwarded to select.\n"
-    "sel%: share of the seconds spent on selection, checks and curvature. reg.: quadratic models."
+    "rel%: accuracy missing against full. train, fwd: examples trained on, measured.\n"
+    "sel%: share of the seconds spent selecting and checking. reg.: regions."
 )
 
 
