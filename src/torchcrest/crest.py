@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torchcrest.measure import Meter, device_of, synchronize
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.passes import Passes
 from torchcrest.quadratic import QuadraticModel, relative_error
+from torchcrest.region import Region
 from torchcrest.solvers import medoids, weigh
 from torchcrest.types import Coreset, Pool, WeightedBatch
 
@@ -30,20 +30,6 @@ __all__ = ["Crest"]
 SOLVED_TOGETHER = 16  # pools held at a time; all that stays of them is their coresets
 
 Purpose = Literal["seconds_selecting", "seconds_checking", "seconds_curvature"]
-
-
-@dataclass
-class _Region:
-    """A stretch of training over which one quadratic model is trusted."""
-
-    number: int
-    begun: int  # step
-    interval: int  # steps between checks
-    check_at: int  # step
-    coresets: list[Coreset]
-    check_indices: Tensor | None = None
-    check_data: Any = None
-    parameters: list[nn.Parameter] = field(default_factory=list)  # that were trainable when it began
 
 
 class Crest(Passes):
@@ -128,7 +114,7 @@ class Crest(Passes):
         self._feed = Feed(dataset, Draws(self._active.mask, seed), config.pool_size, reading, seed)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
-        self._region: _Region | None = None
+        self._region: Region | None = None
         self._interval = config.interval_scale  # T1, before rounding and capping
         self._first_curvature: float | None = None  # ||H_0||
         share = config.learned_interval
@@ -143,11 +129,11 @@ class Crest(Passes):
             self._exclude()
         if self._region is None:
             self._region = self._begin_region(fresh)
-        coreset = self._pick(self._region)
+        coreset = self._region.pick(self._step, self._seed)  # step 5
         # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
         return WeightedBatch(tree.clone(coreset.data), coreset.weights.clone()), coreset.indices
 
-    def _begin_region(self, fresh: Pool | None) -> _Region:
+    def _begin_region(self, fresh: Pool | None) -> Region:
         """Draw, measure, select and model anew (steps 1 to 4). A failed check's measurement is the first pool."""
         config = self.config
         # P and the interval both follow the curvature that was known before this region's coresets were.
@@ -161,8 +147,9 @@ class Crest(Passes):
                 together = min(SOLVED_TOGETHER, count - len(coresets))
                 pools += [self._measure() for _ in range(together - len(pools))]
                 coresets += self._select(pools)
-        region = _Region(self.stats.regions, self._step, interval, self._step + interval, coresets)
-        region.parameters = self._meter.parameters()
+        region = Region(
+            self.stats.regions, self._step, interval, self._step + interval, coresets, self._meter.parameters()
+        )
         loss: float | None = None
         if config.check == "paired":
             with self._timed("seconds_checking"):
@@ -233,12 +220,6 @@ class Crest(Passes):
             self._quadratic.restart()
         self._modelled = parameters
         self._quadratic.update(gradient, curvature)
-
-    def _pick(self, region: _Region) -> Coreset:
-        """Take one of the region's coresets at random (step 5), each once before any comes again."""
-        turn, place = divmod(self._step - region.begun, len(region.coresets))
-        order = torch.randperm(len(region.coresets), generator=stream(self._seed, "order", region.number, turn))
-        return region.coresets[int(order[place])]
 
     def _check(self) -> Pool | None:
         """Compare the model with the loss on the check set (step 6).
@@ -327,23 +308,13 @@ class Crest(Passes):
 
     def _state(self) -> dict[str, Any]:
         place, region = self._feed.place, self._region
-        names = {parameter: name for name, parameter in self._meter.model.named_parameters()}
         return {
             "place": [place.number, place.position, list(place.put_off)],
             "active": self._active.state_dict(),
             "quadratic": self._quadratic.state_dict(),
             "interval": self._interval,
             "first_curvature": self._first_curvature,
-            "region": region
-            and {
-                "number": region.number,
-                "begun": region.begun,
-                "interval": region.interval,
-                "check_at": region.check_at,
-                "check_indices": region.check_indices,
-                "parameters": [names[p] for p in region.parameters],
-                "coresets": [(c.pool_indices, c.rows, c.weights) for c in region.coresets],
-            },
+            "region": region and region.state_dict(self._meter.model),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -353,29 +324,9 @@ class Crest(Passes):
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
         self._meter.forwarded = state["stats"]["examples_forwarded"]
         saved = state["region"]
-        self._region = saved and self._read_region(saved)
+        self._region = saved and Region.read(saved, self._feed, self._meter.model)
         self._modelled = self._region.parameters if self._region else []
         self._quadratic.load_state_dict(state["quadratic"], self._modelled)
-
-    def _read_region(self, saved: dict[str, Any]) -> _Region:
-        """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
-        device = device_of(self._meter.model)
-        coresets = []
-        for pool_indices, rows, weights in saved["coresets"]:
-            data = tree.move(tree.take(self._feed.read(pool_indices), rows), device)
-            coresets.append(Coreset(pool_indices.cpu(), rows.cpu(), weights.to(device), data))
-        check = saved["check_indices"]
-        named = dict(self._meter.model.named_parameters())
-        return _Region(
-            saved["number"],
-            saved["begun"],
-            saved["interval"],
-            saved["check_at"],
-            coresets,
-            check,
-            None if check is None else tree.move(self._feed.read(check), device),
-            [named[name] for name in saved["parameters"]],
-        )
 
 
 def _added(total: list[Tensor], terms: list[Tensor], share: float) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 from torchcrest.errors import ConfigError, must
 from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import find_method
-from torchcrest.train.run import Status, prepare, refuse_other, train
+from torchcrest.train.run import Status, prepare, train
 from torchcrest.train.settings import RunSettings
 
 __all__ = ["COLUMNS", "LEGEND", "Cell", "cells", "compare", "plan", "run_name"]
@@ -103,7 +103,7 @@ def compare(
         resolved = prepare(run, task)[1]
         files = RunFiles(folder / run_name(run))
         if files.config.exists():
-            refuse_other(resolved, files)
+            resolved.refuse_other(files.read_config(), files.config)
     summaries = []
     for run in runs:
         files = RunFiles(folder / run_name(run))

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torchcrest.train.schedule import learning_rate
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
 
-__all__ = ["Interrupted", "Status", "prepare", "refuse_other", "train"]
+__all__ = ["Interrupted", "Status", "prepare", "train"]
 
 LOOK_EVERY = 16  # steps between looks at the training losses, which wait for the device
 TELL_EVERY = 0.2  # seconds between calls of the watcher
@@ -127,39 +127,10 @@ def train(
         raise ConfigError(must("out", "be a folder without a run", str(folder), do))
     task, settings = prepare(settings)
     if files.config.exists():
-        refuse_other(settings, files)
+        settings.refuse_other(files.read_config(), files.config)
     if files.finished():
         return files.read_summary()
     return _Run(task, settings, files, watch, stop).go()
-
-
-def refuse_other(settings: RunSettings, files: RunFiles) -> None:
-    """Refuse to go on with, or to count in, a run that was made with other settings.
-
-    Raises:
-        CheckpointError: naming all that differ.
-    """
-    _refuse_difference(settings, files.read_config(), files.config)
-
-
-def _refuse_difference(settings: RunSettings, found: Mapping[str, Any], path: Path) -> None:
-    saved, own = _flat(found), _flat(settings.to_dict())
-    problems = [
-        must(f"{name} in {path}", f"be {own.get(name)!r}, as asked for", saved.get(name), "Use another --out.")
-        for name in sorted({*saved, *own})
-        if saved.get(name) != own.get(name)
-    ]
-    if problems:
-        raise CheckpointError("\n".join(problems))
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the settings inside another one with a dot, as the command does."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = {f"{name}.{key}": inside for key, inside in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= inner
-    return flat
 
 
 class _Run:
@@ -324,7 +295,7 @@ class _Run:
 
     def _load(self) -> None:
         state = self.files.read_checkpoint()
-        _refuse_difference(self.settings, state["settings"], self.files.checkpoint)
+        self.settings.refuse_other(state["settings"], self.files.checkpoint)
         self.files.write_config(self.settings.to_dict())
         try:
             self.model.load_state_dict(state["model"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from torchcrest.config import CrestConfig, suggest
-from torchcrest.errors import ConfigError, must
+from torchcrest.errors import CheckpointError, ConfigError, must
 from torchcrest.train.methods import find_method
 from torchcrest.train.schedule import Kind
 from torchcrest.train.tasks import Task
@@ -127,6 +129,34 @@ class RunSettings:
         plain = asdict(self)
         del plain["crest"]["batch_size"]  # the run's own says it
         return plain
+
+    def refuse_other(self, found: Mapping[str, Any], path: Path) -> None:
+        """Refuse to go on with, or to count in, a run that was made with other settings.
+
+        Args:
+            found: its settings, as :meth:`to_dict` gives them.
+            path: where they were found.
+
+        Raises:
+            CheckpointError: naming all that differ.
+        """
+        saved, own = _flat(found), _flat(self.to_dict())
+        problems = [
+            must(f"{name} in {path}", f"be {own.get(name)!r}, as asked for", saved.get(name), "Use another --out.")
+            for name in sorted({*saved, *own})
+            if saved.get(name) != own.get(name)
+        ]
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings inside another one with a dot, as the command does."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{key}": inside for key, inside in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= inner
+    return flat
 
 
 def _device(name: str) -> torch.device:
