@@ -95,9 +95,10 @@ class TestExclusion:
 
 class TestWarnings:
     def test_more_classes_than_places_warns_once(self) -> None:
-        model = make_net(classes=12)
-        crest = make_crest(model, Blobs(classes=12), config=config(batch_size=6, tolerance=NEVER))
-        with pytest.warns(UserWarning, match=r"batch_size = 6 is smaller than the number of classes, 12") as caught:
+        """Once, although each region's pools hold another number of the 60 classes."""
+        model = make_net(classes=60)
+        crest = make_crest(model, Blobs(classes=60), config=config(batch_size=6, tolerance=NEVER))
+        with pytest.warns(UserWarning, match=r"batch_size = 6 is smaller than the number of classes, \d\d") as caught:
             train_pass(model, crest)
         assert len(caught) == 1
 

@@ -189,8 +189,9 @@ class Crest(Passes):
             classes = len(torch.unique(labels))
             if classes > config.batch_size:
                 self._warn_once(
+                    "classes",
                     f"batch_size = {config.batch_size} is smaller than the number of classes, {classes}, so a coreset "
-                    "cannot represent them all. Expect less than from random batches, or use a larger batch_size."
+                    "cannot represent them all. Expect less than from random batches, or use a larger batch_size.",
                 )
         features = [pool.features for pool in pools if pool.features is not None]
         rows, sizes = medoids(
@@ -262,8 +263,9 @@ class Crest(Passes):
         excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size)
         if self._active.stopped:
             self._warn_once(
+                "exclusion",
                 f"Exclusion has stopped: the {self._active.count} examples that are left are what a pool of "
-                f"pool_size = {self.config.pool_size} needs. The rest is learned; use a smaller pool_size to go on."
+                f"pool_size = {self.config.pool_size} needs. The rest is learned; use a smaller pool_size to go on.",
             )
         self.stats.active = self._active.count
         if excluded:
@@ -296,9 +298,9 @@ class Crest(Passes):
     def _log(self, event: str, **values: Any) -> None:
         self.history.append({"event": event, "step": self._step, **values})
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
             warnings.warn(message, UserWarning, stacklevel=5)
 
     # Stop and resume -------------------------------------------------------------------------------------
