@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,9 +23,11 @@ from torchcrest.types import Coreset, Pool
 # Tiny tensors: threads would only wait for each other, the more so on a busy machine.
 torch.set_num_threads(1)
 
-Batch = tuple[Tensor, Tensor, Tensor]
+# How long an example takes is no property of the code on a shared machine.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
-torch.set_num_threads(1)  # tensors are tiny here: more threads only wait for each other
+Batch = tuple[Tensor, Tensor, Tensor]
 
 # Regions of a few steps, checks that pass and checks that fail, coresets left over, examples that are set aside.
 SMALL = CrestConfig(

@@ -103,7 +103,7 @@ def test_curvature_can_be_taken() -> None:
     [
         ("resnet_20", "Did you mean resnet20?"),
         ("resnet-50", "Did you mean resnet50?"),
-        ("transformer", "Use for example mlp, which takes any shape."),
+        ("transformer", "Known: resnet20, resnet18, resnet50, cnn, conv1d, mlp."),
     ],
 )
 def test_unknown_name(name: str, hint: str) -> None:

@@ -209,7 +209,11 @@ def test_missing_package(name: str, module: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("digit", "Did you mean digits?"), ("a/b.npz", "Did you mean npz:a/b.npz?"), ("x", "Use npz:PATH for")],
+    [
+        ("digit", "Did you mean digits?"),
+        ("a/b.npz", "Did you mean npz:a/b.npz?"),
+        ("x", "Known: digits, mnist1d, npz:PATH."),
+    ],
 )
 def test_unknown_task(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=r"task must be one of digits, mnist1d, npz:PATH, got ") as error:

@@ -6,7 +6,6 @@ Every model is a `torch.nn.Sequential` of two named parts: `body`, from the inpu
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchcrest.config import suggest
 from torchcrest.errors import ConfigError, must
 
 __all__ = ["MODELS", "build"]
@@ -45,9 +45,7 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
     torch.Size([5, 10])
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "Use for example mlp, which takes any shape."
-        raise ConfigError(must("model", f"be one of {', '.join(MODELS)}", name, hint))
+        raise ConfigError(must("model", f"be one of {', '.join(MODELS)}", name, suggest(name, MODELS)))
     if not _SHAPES[name].fit(shape):
         fitting = ", ".join(other for other, shapes in _SHAPES.items() if shapes.fit(shape))
         want = f"be {_SHAPES[name].words} for the model {name}"

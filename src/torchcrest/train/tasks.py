@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import os
 import random
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
+from torchcrest.config import suggest
 from torchcrest.errors import ConfigError, DataError, must
 
 __all__ = ["Examples", "Task", "load"]
@@ -189,8 +189,7 @@ def load(name: str, *, augment: bool = False, flip: bool = False, seed: int = 0)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
     else:
-        close = [f"npz:{name}"] if name.endswith(".npz") else difflib.get_close_matches(name, _TASKS, n=1)
-        do = f"Did you mean {close[0]}?" if close else "Use npz:PATH for your own data."
+        do = f"Did you mean npz:{name}?" if name.endswith(".npz") else suggest(name, [*_TASKS, "npz:PATH"])
         raise ConfigError(must("task", f"be one of {', '.join(_TASKS)}, npz:PATH", name, do))
     (x, y), (x_test, y_test) = _tensors("train", arrays), _tensors("test", arrays)
     kinds = [f"{inputs.dtype} {tuple(inputs.shape[1:])}" for inputs in (x, x_test)]
