@@ -218,6 +218,14 @@ def test_a_run_s_configuration_is_no_comparison_s(command: Command) -> None:
     assert "config must hold methods, budget and seeds as lists" in result.err
 
 
+@pytest.mark.parametrize("line", ["methods: crest", "budget: 0.5", "seeds: 1"])
+def test_a_comparison_s_configuration_holds_lists(command: Command, line: str) -> None:
+    Path("my.yaml").write_text(line)
+    result = command("compare", "digits", "--config=my.yaml")
+    assert result.status == 2
+    assert "config must hold methods, budget and seeds as lists" in result.err
+
+
 def test_flags_override_the_file(command: Command) -> None:
     Path("my.yaml").write_text("task: npz:blobs.npz\nbudget: 0.5\nseed: 4\ncrest:\n  tolerance: 0.3\n  pool_size: 60\n")
     config = printed(command, "train", "--config=my.yaml", "--budget=0.25", "--crest.tolerance=0.4")

@@ -22,7 +22,7 @@ from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
 from torchcrest.solvers import coreset
 from torchcrest.train.compare import COLUMNS, LEGEND, cells, compare, plan, run_name
 from torchcrest.train.console import Watcher, render, stop_requests
-from torchcrest.train.files import RunFiles, replacing
+from torchcrest.train.files import RunFiles, blocked, replacing
 from torchcrest.train.methods import METHODS
 from torchcrest.train.plot import plot
 from torchcrest.train.run import Interrupted, train
@@ -94,7 +94,7 @@ def _select(args: Namespace, console: Console) -> None:
     """Pick one weighted coreset from raw features."""
     if args.out.suffix != ".npz":
         raise ConfigError(must("out", "end in .npz", str(args.out), "It will hold the arrays indices and weights."))
-    if any(parent.exists() and not parent.is_dir() for parent in args.out.parents):
+    if blocked(args.out.parent):
         raise ConfigError(must("out", "be in a folder", str(args.out), "There is a file where the folder should be."))
     features = _array(args.features)
     labels = None if args.labels is None else _array(args.labels)
@@ -120,7 +120,6 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], commands)))
     try:
         first = _parser({}).parse_args([word for word in arguments if not word.startswith("--print_config")])
-        _refuse_run_config(first)
         name = first[first.subcommand].get("preset")
         if name is not None:
             CrestConfig.preset(name)
@@ -200,14 +199,6 @@ def _without_markup(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _refuse_run_config(parsed: Namespace) -> None:
-    """Say that a single run's config.yaml is no comparison's."""
-    lists = ("methods", "budget", "seeds")
-    args = parsed[parsed.subcommand]
-    if parsed.subcommand == "compare" and not all(isinstance(args[name], list) for name in lists):
-        raise TypeError("not iterable")
-
-
 def _explain(message: str, arguments: Sequence[str]) -> str:
     """Put the parser's words into ours."""
     if found := re.search(r'Parser key "([\w.]+)".*?Expected an? (.+?)\. Got value: (.*)', message, re.DOTALL):
@@ -222,7 +213,7 @@ def _explain(message: str, arguments: Sequence[str]) -> str:
         parser = {"train": _train_parser, "compare": _compare_parser}.get(arguments[0], lambda _: _select_parser())({})
         known = [option for action in parser._actions for option in action.option_strings]
         return must("flag", "be a known one", flag, suggest(flag, known) if flag.startswith("--") else "See --help.")
-    if "not iterable" in message or re.search(r"does not accept (nested )?(option|key) '(method|seed)'", message):
+    if re.search(r"not iterable|item assignment|does not accept (nested )?(option|key) '(method|seed)'", message):
         do = "A single run's config.yaml is for torchcrest train --config."
         return must("config", "hold methods, budget and seeds as lists", "single values", do)
     if "codec can't decode" in message:

@@ -16,7 +16,7 @@ import yaml
 
 from torchcrest.errors import CheckpointError, DataError, must
 
-__all__ = ["RunFiles", "replacing"]
+__all__ = ["RunFiles", "blocked", "replacing"]
 
 
 @contextmanager
@@ -36,6 +36,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def blocked(folder: Path) -> bool:
+    """Tell whether a file stands where the folder, or one above it, should be."""
+    return any(path.exists() and not path.is_dir() for path in (folder, *folder.parents))
 
 
 class RunFiles:

@@ -20,7 +20,7 @@ import torchcrest
 from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
 from torchcrest.measure import synchronize
 from torchcrest.passes import Passes
-from torchcrest.train.files import RunFiles
+from torchcrest.train.files import RunFiles, blocked
 from torchcrest.train.methods import find_method
 from torchcrest.train.models import build
 from torchcrest.train.schedule import learning_rate
@@ -117,7 +117,7 @@ def train(
         NonFiniteLossError: a loss is NaN or infinite.
         Interrupted: stopped on request.
     """
-    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+    if blocked(folder):
         raise ConfigError(
             must("out", "be a folder", str(folder), "There is a file of that name: choose another --out.")
         )
