@@ -14,7 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchcrest import Classification, Crest, CrestConfig, Objective, RandomBatches, WeightedBatch
+from torchcrest import (
+    Classification,
+    Craig,
+    CraigConfig,
+    Crest,
+    CrestConfig,
+    Glister,
+    GlisterConfig,
+    GradMatch,
+    GradMatchConfig,
+    InfoBatch,
+    InfoBatchConfig,
+    Objective,
+    RandomBatches,
+    WeightedBatch,
+)
 from torchcrest.config import MeasureMode
 from torchcrest.measure import Meter
 from torchcrest.passes import Passes
@@ -95,10 +110,35 @@ def make_random(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -
     return RandomBatches(model, dataset, SMALL.batch_size, steps=steps, **kw)
 
 
+# A subset of 60 of the 300 examples, picked anew within a pass and across passes.
+SUBSET: dict[str, Any] = {"batch_size": 16, "subset": 0.2, "reselect": 7, "measured_together": 100}
+
+
+def make_craig(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Craig:
+    """Build a `Craig` that selects every 7 steps."""
+    return Craig(model, dataset, CraigConfig(**SUBSET), steps=steps, **kw)
+
+
+def make_gradmatch(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> GradMatch:
+    """Build a `GradMatch` that selects every 7 steps."""
+    return GradMatch(model, dataset, GradMatchConfig(**SUBSET), steps=steps, **kw)
+
+
+def make_glister(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Glister:
+    """Build a `Glister` that selects every 7 steps."""
+    return Glister(model, dataset, GlisterConfig(**SUBSET, rounds=3), steps=steps, **kw)
+
+
+def make_infobatch(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> InfoBatch:
+    """Build an `InfoBatch` with an epoch of everything, pruned ones, and everything from step 34 on."""
+    return InfoBatch(model, dataset, InfoBatchConfig(batch_size=16, anneal=3), steps=steps, total_steps=37, **kw)
+
+
 MakeLoader = Callable[..., Passes]
+LOADERS = [make_crest, make_random, make_craig, make_gradmatch, make_glister, make_infobatch]
 
 
-@pytest.fixture(params=[make_crest, make_random], ids=["crest", "random"])
+@pytest.fixture(params=LOADERS, ids=lambda make: make.__name__.removeprefix("make_"))
 def make_loader(request: pytest.FixtureRequest) -> MakeLoader:
     """Run a test over every loader."""
     make: MakeLoader = request.param
@@ -110,10 +150,14 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: WeightedBatch) -> None:
-    """Take the step of the README's loop."""
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: WeightedBatch, loader: Passes | None = None
+) -> None:
+    """Take the step of the README's loop; the loader may observe the losses."""
     *inputs, y = batch.data
     losses = F.cross_entropy(model(*inputs), y, reduction="none")
+    if loader is not None:
+        loader.observe(losses)
     (losses * batch.weights).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -124,8 +168,17 @@ def train_pass(model: nn.Module, loader: Passes, lr: float = 0.1) -> list[tuple[
     optimizer, trace = sgd(model, lr), []
     for batch in loader:
         trace.append((loader.indices.tolist(), batch.weights.tolist()))
-        train_step(model, optimizer, batch)
+        train_step(model, optimizer, batch, loader)
     return trace
+
+
+def drain(loader: Passes) -> list[WeightedBatch]:
+    """Take a pass, or what is left of it, without training."""
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        loader.observe(batch.weights)
+    return batches
 
 
 def events(loader: Passes, kind: str) -> list[dict[str, Any]]:

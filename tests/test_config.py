@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from torchcrest import ConfigError, CrestConfig
-from torchcrest.config import PRESETS, suggest
+from torchcrest.checks import suggest
+from torchcrest.config import PRESETS
 
 NAN, INF = math.nan, math.inf
 

@@ -15,16 +15,19 @@ ROOT = Path(torchcrest.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in ROOT.rglob("*.py"))
 
 LEVELS = [
-    {"errors", "types", "tree", "config"},
+    {"errors", "checks", "types", "tree", "config"},
     {"objectives", "solvers", "quadratic", "active"},
     {"measure", "feed"},
     {"passes", "region", "crest", "baselines"},
     {"train"},
+    {"report"},
     {"cli"},
 ]
 # Within a level nothing imports anything, but a package itself, and these.
 ALLOWED = {
     ("types", "tree"),
+    ("checks", "errors"),
+    ("config", "checks"),
     ("config", "errors"),
     ("types", "errors"),
     ("crest", "passes"),

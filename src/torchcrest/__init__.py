@@ -1,6 +1,16 @@
 """CREST: mini-batch coresets for training deep networks."""
 
-from torchcrest.baselines import RandomBatches
+from torchcrest.baselines import (
+    Craig,
+    CraigConfig,
+    Glister,
+    GlisterConfig,
+    GradMatch,
+    GradMatchConfig,
+    InfoBatch,
+    InfoBatchConfig,
+    RandomBatches,
+)
 from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
 from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, TorchcrestError
@@ -14,9 +24,17 @@ __all__ = [
     "CheckpointError",
     "Classification",
     "ConfigError",
+    "Craig",
+    "CraigConfig",
     "Crest",
     "CrestConfig",
     "DataError",
+    "Glister",
+    "GlisterConfig",
+    "GradMatch",
+    "GradMatchConfig",
+    "InfoBatch",
+    "InfoBatchConfig",
     "NonFiniteLossError",
     "Objective",
     "RandomBatches",

@@ -17,16 +17,17 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 import torchcrest
-from torchcrest.config import PRESETS, CrestConfig, suggest
+from torchcrest.checks import suggest
+from torchcrest.config import PRESETS, CrestConfig
 from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
 from torchcrest.solvers import coreset
 from torchcrest.train.compare import COLUMNS, LEGEND, cells, compare, plan, run_name
 from torchcrest.train.console import Watcher, render, stop_requests
 from torchcrest.train.files import RunFiles, blocked, replacing
-from torchcrest.train.methods import METHODS
+from torchcrest.train.methods import CONFIGS, METHODS
 from torchcrest.train.plot import plot
 from torchcrest.train.run import Interrupted, train
-from torchcrest.train.settings import RunSettings
+from torchcrest.train.settings import SHARED, RunSettings
 
 __all__ = ["main"]
 
@@ -141,7 +142,7 @@ def _parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
 
 def _train_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     parser = _new("Train one model with one method.", usage="torchcrest train TASK [options]")
-    _add_run(parser, crest_defaults, skip={"task", "crest"})
+    _add_run(parser, crest_defaults, skip={"task", *CONFIGS})
     out = "folder of the run; default: runs/TASK/METHOD-BUDGET-sSEED"
     parser.add_argument("--out", type=Path | None, default=None, help=out)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
@@ -151,7 +152,7 @@ def _train_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
 def _compare_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     about = "Train with several methods, budgets and seeds, and compare them."
     parser = _new(about, usage="torchcrest compare TASK [options]")
-    _add_run(parser, crest_defaults, skip={"task", "crest", "method", "budget", "seed"})
+    _add_run(parser, crest_defaults, skip={"task", *CONFIGS, "method", "budget", "seed"})
     methods = ["full", "random", "crest"]
     parser.add_argument("--methods", type=str, nargs="+", default=methods, help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.1], help="shares of the full run's steps")
@@ -177,7 +178,8 @@ def _add_run(parser: ArgumentParser, crest_defaults: dict[str, Any], skip: set[s
     parser.add_argument("task", type=str, help=TASK)
     parser.add_class_arguments(RunSettings, skip=skip)
     parser.add_argument("--preset", type=str | None, default=None, help=f"the paper's settings: {', '.join(PRESETS)}")
-    parser.add_class_arguments(CrestConfig, "crest", skip={"batch_size"})
+    for name, config in CONFIGS.items():
+        parser.add_class_arguments(config, name, skip=SHARED & {field.name for field in fields(config)})
     defaults = {f"crest.{name}": value for name, value in crest_defaults.items() if name != "batch_size"}
     if "batch_size" in crest_defaults:
         defaults["batch_size"] = crest_defaults["batch_size"]
@@ -229,17 +231,24 @@ def _settings(args: Namespace, **chosen: Any) -> RunSettings:
     """Build the settings; what is wrong with the run and with CREST comes in one message."""
     problems: list[str] = []
     of_each_run = {"method", "budget", "seed"}  # lists, in a comparison
-    known = {f.name for f in fields(RunSettings)} - {"crest"} - of_each_run
+    known = {f.name for f in fields(RunSettings)} - CONFIGS.keys() - of_each_run
     values = {name: args[name] for name in known} | chosen
-    crest = {**args.crest.as_dict(), "batch_size": values["batch_size"] or 1}  # the task's own is filled in later
-    for build in (lambda: CrestConfig(**crest), lambda: RunSettings(**values)):
+    configs: dict[str, Any] = {}
+    for name, config in CONFIGS.items():
+        given = args[name].as_dict()
+        if name == "crest":
+            given["batch_size"] = values["batch_size"] or 1  # the task's own is filled in later
         try:
-            build()
+            configs[name] = config(**given)
         except ConfigError as error:
             problems.append(str(error))
+    try:
+        settings = RunSettings(**values, **configs)
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError(problems)
-    return RunSettings(**values, crest=CrestConfig(**crest))
+    return settings
 
 
 # Words and files ------------------------------------------------------------------------------------------------

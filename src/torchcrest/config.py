@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
+from torchcrest.checks import Checks, suggest
 from torchcrest.errors import ConfigError, must
 
-__all__ = ["PRESETS", "CrestConfig", "suggest"]
+__all__ = ["PRESETS", "CrestConfig"]
 
 Curvature = Literal["rms", "signed", "unsmoothed", "first_order"]
 Check = Literal["paired", "none"]
@@ -75,8 +74,32 @@ class CrestConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, naming all of them."""
-        if problems := list(_problems(self)):
-            raise ConfigError(problems)
+        checks = Checks(self)
+        checks.whole("batch_size", 1, "Use for example 128.")
+        if checks.whole("pool_size", 1, "Use for example 2 * batch_size.") and checks.fine("batch_size"):
+            do = "A coreset is picked from its pool; use 2 to 8 times batch_size."
+            checks.that(
+                "pool_size", self.pool_size >= self.batch_size, f"be at least batch_size = {self.batch_size}", do
+            )
+        checks.above_zero("tolerance", "The paper uses 0.005 to 0.05.")
+        checks.above_zero("interval_scale", "The paper uses 1 to 10.")
+        checks.above_zero("coresets_per_step", "1 gives each step a coreset of its own; the paper uses 5.")
+        checks.whole("max_interval", 1, "Use for example 100.")
+        checks.whole("max_coresets", 1, "Use for example 100.")
+        for name in ("gradient_decay", "curvature_decay"):
+            checks.share(name, "0 keeps no memory; 0.9 and 0.999 are usual.")
+        checks.choice("curvature", get_args(Curvature))
+        if self.curvature_coresets is not None:
+            checks.whole("curvature_coresets", 1, "None uses all of a region's coresets.")
+        checks.choice("check", get_args(Check))
+        checks.flag("exclude")
+        checks.at_least_zero("learned_loss", "The paper uses 0.1; exclude=False switches exclusion off.")
+        checks.steps_or_share("learned_interval", "Use for example 0.1, a tenth of the run.")
+        checks.at_least_zero("weight_power", "1 is the paper's, 0 gives uniform weights.")
+        checks.flag("stratify")
+        checks.choice("proxy", get_args(Proxy))
+        checks.choice("measure_mode", get_args(MeasureMode))
+        checks.close()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> CrestConfig:
@@ -127,121 +150,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "snli": {**_PAPER, "tolerance": 0.05, "interval_scale": 4.0, "pool_size": 2850, "batch_size": 32},
 }
-
-
-def suggest(word: str, known: Any) -> str:
-    """Say which of the known words may have been meant.
-
-    >>> suggest("randm", ["random", "crest"])
-    'Did you mean random?'
-    """
-    close = get_close_matches(str(word), [str(k) for k in known], n=1)
-    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(map(str, known))}."
-
-
-def _problems(config: CrestConfig) -> list[str]:
-    """List what is wrong with the settings, in their order."""
-    found: list[str] = []
-
-    def whole(name: str, least: int, do: str, optional: bool = False) -> bool:
-        value = getattr(config, name)
-        if optional and value is None:
-            return True
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not good:
-            found.append(must(name, f"be a whole number of at least {least}", value, do))
-        return good
-
-    def number(name: str, want: str, low: float, high: float, do: str, *, open_low: bool, open_high: bool) -> None:
-        value = getattr(config, name)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        good = good and (low < value if open_low else low <= value)
-        good = good and (value < high if open_high else value <= high)
-        if not good:
-            found.append(must(name, f"be {want}", value, do))
-
-    sizes = whole("batch_size", 1, "Use for example 128.")
-    sizes = whole("pool_size", 1, "Use for example 2 * batch_size.") and sizes
-    if sizes and config.pool_size < config.batch_size:
-        want = f"be at least batch_size = {config.batch_size}"
-        found.append(
-            must(
-                "pool_size",
-                want,
-                config.pool_size,
-                "A coreset is picked from its pool; use 2 to 8 times batch_size.",
-            )
-        )
-    inf = math.inf
-    number(
-        "tolerance",
-        "a number above 0",
-        0,
-        inf,
-        "The paper uses 0.005 to 0.05.",
-        open_low=True,
-        open_high=True,
-    )
-    number("interval_scale", "a number above 0", 0, inf, "The paper uses 1 to 10.", open_low=True, open_high=True)
-    number(
-        "coresets_per_step",
-        "a number above 0",
-        0,
-        inf,
-        "1 gives each step a coreset of its own; the paper uses 5.",
-        open_low=True,
-        open_high=True,
-    )
-    whole("max_interval", 1, "Use for example 100.")
-    whole("max_coresets", 1, "Use for example 100.")
-    for name in ("gradient_decay", "curvature_decay"):
-        number(
-            name,
-            "in [0, 1)",
-            0,
-            1,
-            "0 keeps no memory; 0.9 and 0.999 are usual.",
-            open_low=False,
-            open_high=True,
-        )
-    whole("curvature_coresets", 1, "None uses all of a region's coresets.", optional=True)
-    number(
-        "learned_loss",
-        "a number of at least 0",
-        0,
-        inf,
-        "The paper uses 0.1; exclude=False switches exclusion off.",
-        open_low=False,
-        open_high=True,
-    )
-    if isinstance(config.learned_interval, int):
-        whole("learned_interval", 1, "Give steps, or a share of the run such as 0.1.")
-    else:
-        number(
-            "learned_interval",
-            "steps (a whole number) or a share in (0, 1]",
-            0,
-            1,
-            "Use for example 0.1, a tenth of the run.",
-            open_low=True,
-            open_high=False,
-        )
-    number(
-        "weight_power",
-        "a number of at least 0",
-        0,
-        inf,
-        "1 is the paper's, 0 gives uniform weights.",
-        open_low=False,
-        open_high=True,
-    )
-    hints = get_type_hints(CrestConfig)
-    for name in ("curvature", "check", "proxy", "measure_mode"):
-        value, choices = getattr(config, name), get_args(hints[name])
-        if value not in choices:
-            found.append(must(name, f"be one of {', '.join(choices)}", value, suggest(value, choices)))
-    for name in ("exclude", "stratify"):
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            found.append(must(name, "be True or False", value, "It switches a part of the algorithm."))
-    return found

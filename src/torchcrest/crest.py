@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +12,9 @@ from torch import Tensor, nn
 from torchcrest import tree
 from torchcrest.active import ActiveSet, Draws, Place, stream
 from torchcrest.config import CrestConfig
-from torchcrest.errors import ConfigError, NonFiniteLossError, must
+from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Feed, Reading, examples_in
-from torchcrest.measure import Meter, device_of, synchronize
+from torchcrest.measure import Meter, device_of
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.passes import Passes
 from torchcrest.quadratic import QuadraticModel, relative_error
@@ -28,8 +25,6 @@ from torchcrest.types import Coreset, Pool, WeightedBatch
 __all__ = ["Crest"]
 
 SOLVED_TOGETHER = 16  # pools held at a time; all that stays of them is their coresets
-
-Purpose = Literal["seconds_selecting", "seconds_checking", "seconds_curvature"]
 
 
 class Crest(Passes):
@@ -92,7 +87,7 @@ class Crest(Passes):
         config = CrestConfig() if config is None else config
         examples = examples_in(dataset)
         _refuse(model, config, examples, last_layer)
-        super().__init__(steps=steps, seed=seed, examples=examples)
+        super().__init__(model, steps=steps, seed=seed, examples=examples)
         self.config = config
         self._meter = Meter(
             model,
@@ -119,7 +114,6 @@ class Crest(Passes):
         self._first_curvature: float | None = None  # ||H_0||
         share = config.learned_interval
         self._learned_steps = share if isinstance(share, int) else max(1, round(share * steps))
-        self._warned: set[str] = set()
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
@@ -139,7 +133,7 @@ class Crest(Passes):
         # P and the interval both follow the curvature that was known before this region's coresets were.
         interval = int(min(max(self._interval, 1), config.max_interval))
         count = min(math.ceil(config.coresets_per_step * interval), config.max_coresets)
-        with self._timed("seconds_selecting"):
+        with self._timed("selecting"):
             coresets: list[Coreset] = []
             while len(coresets) < count:
                 pools = [fresh] if fresh else []
@@ -152,12 +146,12 @@ class Crest(Passes):
         )
         loss: float | None = None
         if config.check == "paired":
-            with self._timed("seconds_checking"):
+            with self._timed("checking"):
                 pool = self._measure()
                 region.check_indices, region.check_data = pool.indices, pool.data
                 loss = float(pool.losses.mean(dtype=torch.float64))
         if config.check == "paired" or config.curvature != "first_order":
-            with self._timed("seconds_curvature"):
+            with self._timed("curvature"):
                 self._model_loss(coresets, region.number)
                 self._adapt_interval()
         if loss is not None:
@@ -216,6 +210,7 @@ class Crest(Passes):
             g, h = self._meter.differentiate(coreset, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
+        self.stats.examples_forwarded = self._meter.forwarded
         parameters = self._meter.parameters()
         if [id(p) for p in parameters] != [id(p) for p in self._modelled]:
             self._quadratic.restart()
@@ -233,7 +228,7 @@ class Crest(Passes):
         if region.check_indices is None:
             self._region = None
             return None
-        with self._timed("seconds_checking"):
+        with self._timed("checking"):
             pool = self._record(self._meter.measure(region.check_indices, region.check_data))
             loss = float(pool.losses.mean(dtype=torch.float64))
             predicted = self._quadratic.predict(region.parameters)
@@ -276,32 +271,10 @@ class Crest(Passes):
 
     def _record(self, pool: Pool) -> Pool:
         """Refuse losses that are not finite; note the others for exclusion."""
-        bad = ~pool.losses.isfinite()
-        if bad.any():
-            raise NonFiniteLossError.about(
-                "loss", f"after step {self._step}", pool.indices[bad.cpu()].tolist(), len(bad)
-            )
+        self._refuse_non_finite(pool)
         self._active.record(pool.indices, pool.losses)
         self.stats.examples_forwarded = self._meter.forwarded
         return pool
-
-    @contextmanager
-    def _timed(self, purpose: Purpose) -> Iterator[None]:
-        device = device_of(self._meter.model)
-        synchronize(device)
-        start = time.perf_counter()
-        yield
-        synchronize(device)
-        setattr(self.stats, purpose, getattr(self.stats, purpose) + time.perf_counter() - start)
-        self.stats.examples_forwarded = self._meter.forwarded
-
-    def _log(self, event: str, **values: Any) -> None:
-        self.history.append({"event": event, "step": self._step, **values})
-
-    def _warn_once(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, UserWarning, stacklevel=5)
 
     # Stop and resume -------------------------------------------------------------------------------------
 

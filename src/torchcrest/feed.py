@@ -14,7 +14,7 @@ from torchcrest import tree
 from torchcrest.active import Draws, Place, stream
 from torchcrest.errors import ConfigError, DataError, must
 
-__all__ = ["Feed", "Reading", "examples_in"]
+__all__ = ["Feed", "Reading", "examples_in", "refuse_other_length"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Reading:
     multiprocessing_context: Any = None
 
 
-def examples_in(dataset: Any) -> int:
-    """Return how many examples a data set has.
+def examples_in(dataset: Any, name: str = "dataset") -> int:
+    """Return how many examples a data set has; errors call it by the name.
 
     Raises:
         DataError: it is an iterable one, has no length or no ``__getitem__``, or is empty.
@@ -43,15 +43,27 @@ def examples_in(dataset: Any) -> int:
         want = "be a map-style data set, with __len__ and __getitem__"
         raise DataError(
             must(
-                "dataset",
+                name,
                 want,
                 type(dataset).__name__,
                 "Coresets are picked by index: wrap a stream in a list.",
             )
         )
     if len(dataset) == 0:
-        raise DataError(must("dataset", "hold examples", "an empty one", "Check its path and split."))
+        raise DataError(must(name, "hold examples", "an empty one", "Check its path and split."))
     return len(dataset)
+
+
+def refuse_other_length(data: Any, examples: int) -> None:
+    """Check that a batch has an entry an example.
+
+    Raises:
+        DataError: a tensor in it has not.
+    """
+    for leaf in tree.leaves(data):
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != examples:
+            want = f"have {examples} entries along the first dimension of each tensor"
+            raise DataError(must("batch", want, tuple(leaf.shape), "Check collate_fn."))
 
 
 class _Plan:
@@ -120,10 +132,7 @@ class Feed:
             self._stale -= 1
             data = next(self._batches)
         indices, self.place = self._plan.ahead.popleft()
-        for leaf in tree.leaves(data):
-            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) != len(indices):
-                want = f"have {len(indices)} entries along the first dimension of each tensor"
-                raise DataError(must("batch", want, tuple(leaf.shape), "Check collate_fn."))
+        refuse_other_length(data, len(indices))
         return indices, data
 
     def read(self, indices: Tensor) -> Any:

@@ -143,7 +143,8 @@ class Meter:
                 )
             )
         features, bias = self._features(caught, outputs) if self._whole_layer else (None, True)
-        return Pool(indices, data, losses.detach(), gradients.flatten(1).float(), features, bias, labels)
+        flat = gradients.flatten(1).float()
+        return Pool(indices, data, losses.detach(), flat, features, bias, labels, outputs.detach())
 
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
@@ -181,12 +182,13 @@ class Meter:
         """Catch the inputs of the last linear layer, or of all where it is not yet known which is last."""
         caught: list[tuple[nn.Linear, Tensor]] = []
 
-        def catch(module: nn.Module, inputs: Sequence[Any], _: Any) -> None:
+        def catch(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any], _: Any) -> None:
             assert isinstance(module, nn.Linear)
-            caught.append((module, inputs[0].detach()))
+            caught.append((module, next(iter((*inputs, *named.values()))).detach()))
 
         linears = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
-        handles = [m.register_forward_hook(catch) for m in ([self._last_layer] if self._last_layer else linears)]
+        modules = [self._last_layer] if self._last_layer else linears
+        handles = [m.register_forward_hook(catch, with_kwargs=True) for m in modules]
         try:
             yield caught
         finally:

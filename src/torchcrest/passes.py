@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchcrest.errors import CheckpointError, ConfigError, must
-from torchcrest.types import Stats, WeightedBatch, no_indices
+from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
+from torchcrest.measure import device_of, synchronize
+from torchcrest.types import Pool, Stats, WeightedBatch, no_indices
 
-__all__ = ["FORMAT", "Passes"]
+__all__ = ["FORMAT", "Passes", "Phase"]
 
 FORMAT = 1  # of state_dict; to be raised when an older state can no longer be read
+
+Phase = Literal["training", "selecting", "checking", "curvature"]
 
 
 class Passes(ABC):
@@ -26,11 +32,12 @@ class Passes(ABC):
         history: what happened, an entry an event, oldest first.
         stats: what selection has cost so far.
         indices: data-set positions of the batch handed out last, on the CPU.
+        on_phase: called when another phase of the work begins, with its name; None: nobody listens.
     """
 
     method: str
 
-    def __init__(self, *, steps: int, seed: int, examples: int) -> None:
+    def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int) -> None:
         problems = []
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             problems.append(
@@ -48,12 +55,15 @@ class Passes(ABC):
         self.history: list[dict[str, Any]] = []
         self.stats = Stats(active=examples)
         self.indices: Tensor = no_indices()
+        self.on_phase: Callable[[Phase], None] | None = None
+        self._model = model
         self._seed = seed
         self._examples = examples
         self._steps = steps
         self._step = 0  # batches handed out in the run
         self._position = 0  # batches handed out in the pass
         self._resuming = False
+        self._warned: set[str] = set()
 
     def __len__(self) -> int:
         """Count the batches of one pass."""
@@ -71,6 +81,13 @@ class Passes(ABC):
             self.stats.examples_trained += len(batch.weights)
             yield batch
         self._position = 0
+
+    def observe(self, losses: Tensor) -> None:  # noqa: B027
+        """Take the losses of the batch handed out last; only methods that go by training losses need them.
+
+        Args:
+            losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to carry the run on: tensors, numbers and strings only.
@@ -120,6 +137,37 @@ class Passes(ABC):
     @abstractmethod
     def _load(self, state: dict[str, Any]) -> None:
         """Restore the method's own state."""
+
+    @contextmanager
+    def _timed(self, phase: Literal["selecting", "checking", "curvature"]) -> Iterator[None]:
+        """Put what is done to the account of a phase, on a synchronised device."""
+        device, purpose = device_of(self._model), f"seconds_{phase}"
+        synchronize(device)
+        if self.on_phase:
+            self.on_phase(phase)
+        start = time.perf_counter()
+        try:
+            yield
+            synchronize(device)
+        finally:
+            setattr(self.stats, purpose, getattr(self.stats, purpose) + time.perf_counter() - start)
+            if self.on_phase:
+                self.on_phase("training")
+
+    def _refuse_non_finite(self, pool: Pool) -> None:
+        """Stop where a measured loss is NaN or infinite."""
+        bad = ~pool.losses.isfinite()
+        if bad.any():
+            rows = pool.indices[bad.cpu()].tolist()
+            raise NonFiniteLossError.about("loss", f"after step {self._step}", rows, len(bad))
+
+    def _log(self, event: str, **values: Any) -> None:
+        self.history.append({"event": event, "step": self._step, **values})
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, UserWarning, stacklevel=5)
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -40,6 +40,7 @@ class Pool:
         features: ``[r, k]`` inputs of the last layer where the whole layer's gradient is asked for.
         bias: the last layer has a bias (only read where there are features).
         labels: ``[r]`` class labels, or None where there are none.
+        outputs: ``[r, ...]`` what the model returned, without a graph.
     """
 
     indices: Tensor
@@ -49,6 +50,7 @@ class Pool:
     features: Tensor | None = None
     bias: bool = True
     labels: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Stats:
         examples_trained: examples in the batches that were handed out.
         regions: quadratic models fitted.
         checks: checks of a quadratic model against the loss.
-        active: examples not yet set aside as learned.
+        active: examples that are drawn from at present; the others are set aside, or not picked.
     """
 
     seconds_selecting: float = 0.0
@@ -123,6 +125,10 @@ class BatchLoader(Protocol):
 
     def __len__(self) -> int:
         """Count the batches of one pass."""
+        ...
+
+    def observe(self, losses: Tensor) -> None:
+        """Take the losses ``[batch_size]`` of the batch handed out last; most methods don't need them."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Solvers: which examples to pick, given how they compare."""
 
 from torchcrest.solvers.facility import facility_location
+from torchcrest.solvers.matching import match_gradients
 from torchcrest.solvers.medoids import medoids, shares, weigh
 from torchcrest.solvers.oneshot import Metric, coreset
 
-__all__ = ["Metric", "coreset", "facility_location", "medoids", "shares", "weigh"]
+__all__ = ["Metric", "coreset", "facility_location", "match_gradients", "medoids", "shares", "weigh"]

@@ -17,7 +17,7 @@ from torchcrest.errors import DataError, must
 
 __all__ = ["facility_location", "greedy", "lazy_greedy"]
 
-LAZY_FROM = 1024  # members; below, recomputing all gains is faster than keeping bounds
+LAZY_FROM = 512  # members; below, recomputing all gains is faster than keeping bounds
 BLOCK = 64  # bounds refreshed at a time
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchcrest.solvers.distance import distances
-from torchcrest.solvers.facility import LAZY_FROM, greedy
+from torchcrest.solvers.facility import LAZY_FROM, greedy, lazy_greedy
 
 __all__ = ["medoids", "shares", "weigh"]
 
@@ -55,10 +55,13 @@ def medoids(
         places = np.where(inside, starts[group, None] + np.arange(width), starts[group, None])
         rows = torch.from_numpy(members[places]).to(flat.device)
         f = None if flat_features is None else flat_features[rows]
-        similarity = -_between(flat[rows], f, bias)
-        full = bool(inside.all())
-        count = None if full else torch.from_numpy(counts[group]).to(flat.device)
-        picks = greedy(similarity, int(quotas[group].max()), count)
+        quota = int(quotas[group].max())
+        if width**2 > CHUNK:
+            picks = _pick_from_many(flat[rows[0]], None if f is None else f[0], bias, quota).unsqueeze(0)
+        else:
+            full = bool(inside.all())
+            count = None if full else torch.from_numpy(counts[group]).to(flat.device)
+            picks = greedy(-_between(flat[rows], f, bias), quota, count)
         wanted = torch.arange(picks.shape[1], device=flat.device) < torch.from_numpy(quotas[group, None]).to(
             flat.device
         )
@@ -128,25 +131,39 @@ def _between(gradients: Tensor, features: Tensor | None, bias: bool) -> Tensor:
     return d
 
 
+def _pick_from_many(gradients: Tensor, features: Tensor | None, bias: bool, quota: int) -> Tensor:
+    """Pick from one problem so large that its distances are computed as they are needed."""
+
+    def candidates(rows: Tensor) -> Tensor:
+        d = distances(gradients[rows], gradients, None if features is None else features[rows], features, bias=bias)
+        d[torch.arange(len(rows), device=rows.device), rows] = 0
+        return d.neg_()
+
+    return lazy_greedy(candidates, len(gradients), quota, gradients.device)
+
+
 def _cluster_sizes(
     gradients: Tensor, rows: Tensor, labels: Tensor | None, features: Tensor | None, bias: bool
 ) -> Tensor:
-    """Count each medoid's cluster."""
+    """Count each medoid's cluster, for some pools, and some of their members, at a time."""
     p, r, _ = gradients.shape
     size = rows.shape[1]
     sizes = torch.zeros_like(rows)
     step = max(1, CHUNK // (r * size))
+    members = max(1, CHUNK // (step * size))
+    own = torch.arange(size, device=rows.device)
     for start in range(0, p, step):
-        part = slice(start, start + step)
-        picked = rows[part]
-        own = torch.arange(size, device=rows.device).expand_as(picked)
-        g, f = gradients[part], None if features is None else features[part]
-        pools = torch.arange(len(picked), device=rows.device).unsqueeze(-1)
-        d = distances(g, g[pools, picked], f, None if f is None else f[pools, picked], bias=bias)
-        if labels is not None:
-            classes = labels[part]
-            same = classes.unsqueeze(-1) == classes.gather(1, picked).unsqueeze(1)
-            d.masked_fill_(same.any(-1, keepdim=True) & ~same, torch.inf)
-        nearest = d.argmin(-1).scatter_(1, picked, own)
-        sizes[part].scatter_add_(1, nearest, torch.ones_like(nearest))
+        picked = rows[start : start + step]
+        pools = torch.arange(start, start + len(picked), device=rows.device).unsqueeze(-1)
+        g, f = gradients[pools, picked], None if features is None else features[pools, picked]
+        nearest = torch.empty(len(picked), r, dtype=torch.int64, device=rows.device)
+        for first in range(0, r, members):
+            part = slice(start, start + step), slice(first, first + members)
+            d = distances(gradients[part], g, None if features is None else features[part], f, bias=bias)
+            if labels is not None:
+                same = labels[part].unsqueeze(-1) == labels[pools, picked].unsqueeze(1)
+                d.masked_fill_(same.any(-1, keepdim=True) & ~same, torch.inf)
+            nearest[:, first : first + members] = d.argmin(-1)
+        nearest.scatter_(1, picked, own.expand_as(picked))
+        sizes[start : start + step].scatter_add_(1, nearest, torch.ones_like(nearest))
     return sizes

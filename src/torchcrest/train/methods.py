@@ -7,31 +7,49 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torchcrest.baselines import RandomBatches
-from torchcrest.config import CrestConfig, suggest
+from torchcrest.baselines import (
+    Craig,
+    CraigConfig,
+    Glister,
+    GlisterConfig,
+    GradMatch,
+    GradMatchConfig,
+    InfoBatch,
+    InfoBatchConfig,
+    RandomBatches,
+)
+from torchcrest.checks import suggest
+from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
 from torchcrest.errors import ConfigError, must
 from torchcrest.passes import Passes
 from torchcrest.train.tasks import Examples
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = ["CONFIGS", "METHODS", "Config", "Method", "find_method"]
 
-Build = Callable[[nn.Module, Examples, CrestConfig, int, int, int], Passes]
+Config = CrestConfig | CraigConfig | GradMatchConfig | GlisterConfig | InfoBatchConfig
+CONFIGS: dict[str, type[Config]] = {
+    "crest": CrestConfig,
+    "craig": CraigConfig,
+    "gradmatch": GradMatchConfig,
+    "glister": GlisterConfig,
+    "infobatch": InfoBatchConfig,
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose what is trained on.
+    """A way to choose what is trained on. Those in :data:`CONFIGS` have settings of their own.
 
     Attributes:
         about: what it does, in a line.
-        build: makes the loader, from model, data, settings, steps, seed and number of workers.
+        loader: makes the batches.
         whole: it takes all the steps of the full run, whatever the budget.
         compressed: the learning-rate schedule is fitted into its steps; else it is the full run's, cut off.
     """
 
     about: str
-    build: Build
+    loader: Callable[..., Passes]
     whole: bool = False
     compressed: bool = True
 
@@ -39,22 +57,24 @@ class Method:
         """Return how many optimizer steps it takes."""
         return full_steps if self.whole else max(1, round(budget * full_steps))
 
-
-def _random(model: nn.Module, data: Examples, config: CrestConfig, steps: int, seed: int, workers: int) -> Passes:
-    return RandomBatches(
-        model, data, config.batch_size, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate
-    )
-
-
-def _crest(model: nn.Module, data: Examples, config: CrestConfig, steps: int, seed: int, workers: int) -> Passes:
-    return Crest(model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate)
+    def build(
+        self, model: nn.Module, data: Examples, config: Config | int, steps: int, seed: int, workers: int
+    ) -> Passes:
+        """Make the loader; a method without settings of its own takes its batch size for them."""
+        return self.loader(
+            model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate
+        )
 
 
 METHODS = {
-    "full": Method("all data, all steps", _random, whole=True),
-    "truncated": Method("the full run, cut off at the budget", _random, compressed=False),
-    "random": Method("random data, with the whole schedule in the budget", _random),
-    "crest": Method("mini-batch coresets, with the whole schedule in the budget", _crest),
+    "full": Method("all data, all steps", RandomBatches, whole=True),
+    "truncated": Method("the full run, cut off at the budget", RandomBatches, compressed=False),
+    "random": Method("random data, with the whole schedule in the budget, like all that follow", RandomBatches),
+    "crest": Method("mini-batch coresets of random pools", Crest),
+    "craig": Method("medoids of all gradients, picked anew from time to time", Craig),
+    "gradmatch": Method("few examples whose gradients match all, picked anew from time to time", GradMatch),
+    "glister": Method("the examples that help held-out ones most, picked anew from time to time", Glister),
+    "infobatch": Method("all data but a random part of what is learned, chosen anew each epoch", InfoBatch),
 }
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchcrest.config import suggest
+from torchcrest.checks import suggest
 from torchcrest.errors import ConfigError, must
 
 __all__ = ["MODELS", "build"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import time
+import uuid
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ import torchcrest
 from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
 from torchcrest.measure import synchronize
 from torchcrest.passes import Passes
+from torchcrest.train.energy import EnergyMeter
 from torchcrest.train.files import RunFiles, blocked
+from torchcrest.train.memory import PeakMemory
 from torchcrest.train.methods import find_method
 from torchcrest.train.models import build
 from torchcrest.train.schedule import learning_rate
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
+from torchcrest.train.track import Tracking, refuse_missing
 
 __all__ = ["Interrupted", "Status", "prepare", "train"]
 
@@ -97,6 +102,9 @@ def train(
     resume: bool = False,
     watch: Callable[[Status], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    processes: int = 1,
+    trackers: Sequence[str] = (),
+    energy: bool = False,
 ) -> dict[str, Any]:
     """Train once and fill a run directory.
 
@@ -106,12 +114,16 @@ def train(
         resume: go on from the checkpoint there, if there is one; return the summary if the run is finished.
         watch: called with the status, a few times a second and after each evaluation.
         stop: asked after each step; True writes a checkpoint and raises :class:`Interrupted`.
+        processes: runs going on at once on this machine; only written down, for whoever compares seconds.
+        trackers: some of tensorboard, trackio and wandb, which are shown what is written into metrics.jsonl.
+        energy: measure the energy as well; a run that is resumed must have measured it from its beginning.
 
     Returns:
         The summary.
 
     Raises:
-        ConfigError: settings that cannot work, or a folder that already holds a run.
+        ConfigError: settings that cannot work, a folder that already holds a run, or a tracker that is not
+            there or cannot begin. One that fails later is left out from there on, with a warning.
         DataError: data that cannot be used.
         CheckpointError: a checkpoint that is damaged or of other settings.
         NonFiniteLossError: a loss is NaN or infinite.
@@ -125,12 +137,13 @@ def train(
     if files.began() and not resume:
         do = "Add --resume to go on with it, or choose another --out."
         raise ConfigError(must("out", "be a folder without a run", str(folder), do))
+    refuse_missing(trackers, energy)
     task, settings = prepare(settings)
     if files.config.exists():
         settings.refuse_other(files.read_config(), files.config)
     if files.finished():
         return files.read_summary()
-    return _Run(task, settings, files, watch, stop).go()
+    return _Run(task, settings, files, watch, stop, processes, Tracking(trackers, folder), energy).go()
 
 
 class _Run:
@@ -143,6 +156,9 @@ class _Run:
         files: RunFiles,
         watch: Callable[[Status], None] | None,
         stop: Callable[[], bool],
+        processes: int,
+        tracking: Tracking,
+        energy: bool,
     ) -> None:
         assert settings.model and settings.batch_size and settings.epochs and settings.learning_rate
         method = find_method(settings.method)
@@ -154,7 +170,12 @@ class _Run:
         self.model = build(settings.model, task.shape, task.classes, settings.seed).to(self.device)
         self.optimizer = _optimizer(self.model, settings)
         self.loader: Passes = method.build(
-            self.model, task.train, settings.crest, self.steps, settings.seed, settings.num_workers
+            self.model,
+            task.train,
+            settings.own or settings.batch_size,
+            self.steps,
+            settings.seed,
+            settings.num_workers,
         )
         every = np.linspace(0, self.steps, settings.evaluations + 1)[1:]
         self.evaluate_at = {max(1, round(step)) for step in every.tolist()}
@@ -167,22 +188,44 @@ class _Run:
         self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses, indices: not yet looked at
         self.recent: list[float] = []  # mean training losses since the last evaluation
         self.latest: deque[float] = deque(maxlen=LOOK_EVERY)  # and of the last steps
-        self.watch, self.stop = watch, stop
+        self.watch, self.stop, self.processes = watch, stop, processes
+        self.identity = uuid.uuid4().hex[:8]  # for trackers
+        self.tracking = tracking
+        self.memory = PeakMemory(self.device)
+        self.energy = EnergyMeter() if energy else None
         self._told = -math.inf
         self._saved = time.monotonic()
 
     def go(self) -> dict[str, Any]:
+        """Train, between the beginning and the end of what measures and tracks."""
         if self.files.checkpoint.exists():
             self._load()
         else:
             self.files.keep_metrics(0)
             self.files.write_config(self.settings.to_dict())
+        self.tracking.begin(self.files.folder.resolve().name, self.identity, self.settings.to_dict())
+        if self.energy:
+            self.energy.start()
+            self.loader.on_phase = self.energy.switch
+        summary = None
+        try:
+            self._train()
+            summary = self._summary()
+            self.files.write_summary(summary)
+        finally:
+            if self.energy:
+                self.energy.stop()
+            self.tracking.finish(summary)
+        return summary
+
+    def _train(self) -> None:
         self.model.train()
-        started = time.perf_counter()
+        started = self._start_clock()
         for batch in self.loader:
             (x, y), weights = batch
             self._set_rate()
             losses = F.cross_entropy(self.model(x), y, reduction="none")
+            self.loader.observe(losses)
             (losses * weights).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -198,7 +241,7 @@ class _Run:
                 self._look_at_losses()
             if pause:
                 synchronize(self.device)
-                self.seconds += time.perf_counter() - started
+                self._stop_clock(started)
                 if evaluate:
                     self._evaluate()
                 elif saving:
@@ -207,10 +250,17 @@ class _Run:
                     raise Interrupted(self.files.folder, self.step, self.steps)
                 if telling:
                     self._tell(evaluate)
-                started = time.perf_counter()
-        summary = self._summary()
-        self.files.write_summary(summary)
-        return summary
+                started = self._start_clock()
+
+    def _start_clock(self) -> float:
+        if self.energy:
+            self.energy.switch("training")
+        return time.perf_counter()
+
+    def _stop_clock(self, started: float) -> None:
+        self.seconds += time.perf_counter() - started
+        if self.energy:
+            self.energy.switch(None)
 
     def _set_rate(self) -> None:
         assert self.settings.learning_rate
@@ -287,11 +337,15 @@ class _Run:
                 "accuracy": self.accuracy,
                 "test_loss": self.test_loss,
                 "recent": self.recent,
+                "identity": self.identity,
+                "peak_memory": self.memory.read(),
+                "energy_kwh": self.energy.read() if self.energy else None,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
             }
         )
+        self.tracking.log(lines)
 
     def _load(self) -> None:
         state = self.files.read_checkpoint()
@@ -303,10 +357,16 @@ class _Run:
             self.step, self.seconds, self.lines = int(state["step"]), float(state["seconds"]), int(state["lines"])
             self.accuracy, self.test_loss = state["accuracy"], float(state["test_loss"])
             self.recent = [float(loss) for loss in state["recent"]]
+            self.identity = str(state["identity"])
+            self.memory = PeakMemory(self.device, before=state["peak_memory"] or 0)
+            before = state["energy_kwh"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             do = "Move it away, or use another --out."
             reason = str(error).splitlines()[0]
             raise CheckpointError(must(str(self.files.checkpoint), "fit this run", reason, do)) from error
+        if self.energy and before is None:
+            warnings.warn("The run began without energy, so there will be no energy_kwh.", stacklevel=2)
+        self.energy = EnergyMeter(before) if self.energy and before is not None else None
         self.loader.load_state_dict(state["loader"])
         self.events = len(self.loader.history)
         self.files.keep_metrics(self.lines)
@@ -334,6 +394,7 @@ class _Run:
 
     def _summary(self) -> dict[str, Any]:
         s, stats = self.settings, self.loader.stats
+        energy = self.energy.read() if self.energy else None
         return {
             "task": s.task,
             "method": s.method,
@@ -360,6 +421,10 @@ class _Run:
                 "python": platform.python_version(),
             },
             "device": _describe(self.device),
+            "processes": self.processes,
+            "peak_memory": self.memory.read(),
+            "peak_memory_of": self.memory.of,
+            **({"energy_kwh": energy} if energy else {}),
         }
 
 

@@ -9,15 +9,19 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from torchcrest.config import CrestConfig, suggest
+from torchcrest.baselines import CraigConfig, GlisterConfig, GradMatchConfig, InfoBatchConfig
+from torchcrest.baselines.subset import SubsetConfig
+from torchcrest.checks import suggest
+from torchcrest.config import CrestConfig
 from torchcrest.errors import CheckpointError, ConfigError, must
-from torchcrest.train.methods import find_method
+from torchcrest.train.methods import CONFIGS, Config, find_method
 from torchcrest.train.schedule import Kind
 from torchcrest.train.tasks import Task
 
 __all__ = ["RunSettings"]
 
 Optimizer = Literal["sgd", "adamw"]
+SHARED = {"batch_size", "subset"}  # settings of the methods that follow from the run's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class RunSettings:
 
     Attributes:
         task: digits, mnist1d or npz:PATH.
-        method: full, truncated, random or crest.
+        method: full, truncated, random, crest, craig, gradmatch, glister or infobatch.
         budget: share of the full run's optimizer steps, in (0, 1]; full ignores it.
         epochs: length of the full run, in passes over the training data.
         seed: of the model's weights, the order of the data, selection and augmentation.
@@ -43,7 +47,11 @@ class RunSettings:
         evaluations: how many times to measure test accuracy, evenly over the run, outside the clock.
         num_workers: processes that read data.
         device: auto, cpu, cuda, cuda:1, mps, ...
-        crest: settings of CREST; its batch_size is the run's.
+        crest: settings of CREST; batch_size is the run's, here and in the next.
+        craig: settings of CRAIG; its subset is the budget's share of the data, as with the next two.
+        gradmatch: settings of GradMatch.
+        glister: settings of GLISTER.
+        infobatch: settings of InfoBatch.
     """
 
     task: str
@@ -65,6 +73,10 @@ class RunSettings:
     num_workers: int = 0
     device: str = "auto"
     crest: CrestConfig = field(default_factory=CrestConfig)
+    craig: CraigConfig = field(default_factory=CraigConfig)
+    gradmatch: GradMatchConfig = field(default_factory=GradMatchConfig)
+    glister: GlisterConfig = field(default_factory=GlisterConfig)
+    infobatch: InfoBatchConfig = field(default_factory=InfoBatchConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work whatever the task, naming all of it."""
@@ -97,6 +109,11 @@ class RunSettings:
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def own(self) -> Config | None:
+        """The settings of the run's method, where it has some."""
+        return getattr(self, self.method) if self.method in CONFIGS else None
+
     def resolved(self, task: Task) -> RunSettings:
         """Return the settings with the task's defaults in place of None, ready to be written down.
 
@@ -108,11 +125,15 @@ class RunSettings:
         if batch_size > examples:
             want = f"be at most the {examples} training examples"
             raise ConfigError(must("batch_size", want, batch_size, "Use a smaller one."))
-        crest = replace(self.crest, batch_size=batch_size)
-        if self.method == "crest" and crest.pool_size > examples:
+        own = self.own
+        if isinstance(own, CrestConfig) and own.pool_size > examples:
             want = f"be at most the {examples} training examples"
             do = f"Use for example {min(2 * batch_size, examples)}."
-            raise ConfigError(must("crest.pool_size", want, crest.pool_size, do))
+            raise ConfigError(must("crest.pool_size", want, own.pool_size, do))
+        fitted: dict[str, Any] = {"batch_size": batch_size}
+        if isinstance(own, SubsetConfig):
+            fitted["subset"] = self.budget
+        changed: dict[str, Any] = {} if own is None else {self.method: replace(own, **fitted)}
         return replace(
             self,
             epochs=self.epochs or task.epochs,
@@ -121,13 +142,18 @@ class RunSettings:
             learning_rate=self.learning_rate or task.learning_rate,
             weight_decay=task.weight_decay if self.weight_decay is None else self.weight_decay,
             device=str(_device(self.device)),
-            crest=crest,
+            **changed,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, in the order of the fields; they go into config.yaml."""
         plain = asdict(self)
-        del plain["crest"]["batch_size"]  # the run's own says it
+        for name in CONFIGS:
+            if name != self.method:
+                del plain[name]  # says nothing about this run
+        if self.own:
+            for name in SHARED & plain[self.method].keys():
+                del plain[self.method][name]  # the run's own say it
         return plain
 
     def refuse_other(self, found: Mapping[str, Any], path: Path) -> None:

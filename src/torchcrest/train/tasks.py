@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from torchcrest.config import suggest
+from torchcrest.checks import suggest
 from torchcrest.errors import ConfigError, DataError, must
 
 __all__ = ["Examples", "Task", "load"]

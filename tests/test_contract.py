@@ -13,11 +13,13 @@ from torch.utils.data import IterableDataset, TensorDataset
 from conftest import (
     Blobs,
     MakeLoader,
+    drain,
     events,
     make_crest,
     make_net,
     parameters_of,
     same,
+    seeded,
     sgd,
     traces,
     train_pass,
@@ -44,7 +46,7 @@ class Job:
         while len(self.trace) < until:
             for batch in self.loader:
                 self.trace.append((self.loader.indices.tolist(), batch.weights.tolist()))
-                train_step(self.model, self.optimizer, batch)
+                train_step(self.model, self.optimizer, batch, self.loader)
                 if len(self.trace) == until:
                     break
         return self
@@ -80,7 +82,7 @@ class TestPasses:
     def test_a_pass_has_len_batches_of_exactly_m(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs, steps=23)
         assert isinstance(loader, BatchLoader)
-        batches = list(loader)
+        batches = drain(loader)
         assert len(batches) == len(loader) == 23
         for (x, i, y), weights in batches:
             assert x.shape == (16, 8)
@@ -88,7 +90,7 @@ class TestPasses:
             assert len(set(i.tolist())) == 16
 
     def test_weights_have_mean_one(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        for _, weights in make_loader(make_net(), blobs):
+        for _, weights in drain(make_loader(make_net(), blobs)):
             assert weights.dtype == torch.float32
             assert not weights.requires_grad
             assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
@@ -96,7 +98,8 @@ class TestPasses:
 
     def test_data_is_that_of_the_indices(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs)
-        for (x, i, y), _ in loader:
+        for (x, i, y), weights in loader:
+            loader.observe(weights)
             assert torch.equal(i, loader.indices)
             assert torch.equal(x, blobs.x[i])
             assert torch.equal(y, blobs.y[i])
@@ -113,20 +116,20 @@ class TestPasses:
         loader, optimizer, trace = make_loader(model, blobs, steps=TOTAL, seed=0), sgd(model), []
         for batch in loader:
             trace.append((loader.indices.tolist(), batch.weights.tolist()))
-            train_step(model, optimizer, batch)
+            train_step(model, optimizer, batch, loader)
         assert trace == two_passes.trace
         assert same(parameters_of(model), parameters_of(two_passes.model))
 
     def test_breaking_out_of_a_pass_begins_a_whole_one(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         job = Job(make_loader, blobs).run(5)
-        assert sum(1 for _ in job.loader) == STEPS
+        assert len(drain(job.loader)) == STEPS
         assert job.loader.stats.examples_trained == (5 + STEPS) * 16
         whole = Job(make_loader, blobs).run(STEPS)
         assert job.trace == whole.trace[:5]
 
     def test_examples_trained(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs, steps=3)
-        list(loader)
+        drain(loader)
         assert loader.stats.examples_trained == 48
 
 
@@ -157,6 +160,7 @@ class TestStreams:
             loader, seen = make_loader(make_net(), Blobs(), **kw), []
             for batch in loader:
                 seen.append([batch.data[0].tolist(), batch.data[2].tolist(), batch.weights.tolist()])
+                loader.observe(batch.weights.clone())
                 if spoil:
                     for tensor in (*batch.data, batch.weights):
                         tensor.zero_()
@@ -181,20 +185,20 @@ class TestResume:
 
     def test_resume_finishes_the_pass(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         resumed = Job(make_loader, blobs).load(Job(make_loader, blobs).run(13).save())
-        assert [sum(1 for _ in resumed.loader) for _ in range(2)] == [STEPS - 13, STEPS]
+        assert [len(drain(resumed.loader)) for _ in range(2)] == [STEPS - 13, STEPS]
         resumed.load(Job(make_loader, blobs).run(13).save())
         next(iter(resumed.loader))  # and break out of what is left
-        assert sum(1 for _ in resumed.loader) == STEPS
+        assert len(drain(resumed.loader)) == STEPS
 
     def test_saved_at_the_last_step_nothing_is_left_of_the_pass(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         resumed = Job(make_loader, blobs).load(Job(make_loader, blobs).run(STEPS).save())
-        assert [sum(1 for _ in resumed.loader) for _ in range(2)] == [0, STEPS]
+        assert [len(drain(resumed.loader)) for _ in range(2)] == [0, STEPS]
 
     def test_saved_after_a_pass_the_next_is_whole(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         job = Job(make_loader, blobs)
-        assert sum(1 for _ in job.loader) == STEPS
+        assert len(drain(job.loader)) == STEPS
         resumed = Job(make_loader, blobs).load(job.save())
-        assert sum(1 for _ in resumed.loader) == STEPS
+        assert len(drain(resumed.loader)) == STEPS
 
     def test_a_state_in_memory_stays_as_it_was(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         job = Job(make_loader, blobs).run(9)
@@ -229,7 +233,10 @@ class TestForeignStates:
             ({"steps": 7}, "steps of the checkpoint must be 20, as of this loader, got 7"),
             ({"seed": 7}, "seed of the checkpoint must be 0, as of this loader, got 7"),
             ({"examples": 7}, "examples of the checkpoint must be 300, as of this loader, got 7"),
-            ({"method": "magic"}, "method of the checkpoint must be '(crest|random)', as of this loader, got 'magic'"),
+            (
+                {"method": "magic"},
+                "method of the checkpoint must be '(crest|random|craig|gradmatch|glister|infobatch)', as of this loader, got 'magic'",
+            ),
             ({"settings": {}}, "batch_size of the checkpoint must be 16, as of this loader, got None"),
         ],
         ids=["format", "steps", "seed", "examples", "method", "settings"],
@@ -273,7 +280,7 @@ class TestUsersThings:
             p.grad = torch.full_like(p, 3.0) if grad else None
         loader = make_loader(model, blobs)
         before = traces(model)
-        list(loader)
+        drain(loader)
         assert traces(model) == before
 
     def test_building_leaves_no_trace(self, make_loader: MakeLoader, blobs: Blobs) -> None:
@@ -325,15 +332,14 @@ def test_dict_batches(make_loader: MakeLoader, blobs: Blobs) -> None:
         x, i, y = zip(*examples, strict=True)
         return {"x": torch.stack(x), "name": [f"example {int(k)}" for k in i], "labels": torch.stack(y)}
 
-    def forward(self: Any, x: torch.Tensor, name: list[str]) -> torch.Tensor:
-        assert len(name) == len(x)
-        out: torch.Tensor = x[:, :4] * self.scale
-        return out
+    class Named(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, name: list[str]) -> torch.Tensor:  # type: ignore[override]
+            assert len(name) == len(x)
+            return super().forward(x)
 
-    model: Any = type("Scaled", (torch.nn.Module,), {"forward": forward})()
-    model.scale = torch.nn.Parameter(torch.ones(()))
-    loader: Passes = make_loader(model, blobs, collate_fn=collate)
-    for batch, _ in loader:
+    loader: Passes = make_loader(seeded(lambda: Named(8, 4)), blobs, collate_fn=collate)
+    for batch, weights in loader:
+        loader.observe(weights)
         assert batch["name"] == [f"example {i}" for i in loader.indices.tolist()]
         assert torch.equal(batch["x"], blobs.x[loader.indices])
         assert torch.equal(batch["labels"], blobs.y[loader.indices])

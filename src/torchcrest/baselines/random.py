@@ -1,4 +1,4 @@
-"""The methods CREST is compared with, under the same protocol and on the same stream of examples."""
+"""Random mini-batches: full training, truncated training, and the baseline to beat."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ class RandomBatches(Passes):
                     "Use for example 128.",
                 )
             )
-        super().__init__(steps=steps, seed=seed, examples=examples)
-        self._model = model
+        super().__init__(model, steps=steps, seed=seed, examples=examples)
         self._batch_size = batch_size
         everyone = torch.ones(examples, dtype=torch.bool)
         reading = Reading(num_workers, collate_fn, pin_memory, prefetch_factor)
