@@ -1,4 +1,4 @@
-"""The command ``torchcrest``: train, compare, select."""
+"""The command ``torchcrest``: train, compare, report, select."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ import torchcrest
 from torchcrest.checks import suggest
 from torchcrest.config import PRESETS, CrestConfig
 from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
+from torchcrest.report import report, table
 from torchcrest.solvers import coreset
-from torchcrest.train.compare import COLUMNS, LEGEND, cells, compare, plan, run_name
+from torchcrest.train.compare import COLUMNS, LEGEND, FailedRuns, cells, compare, plan, run_name
 from torchcrest.train.console import Watcher, render, stop_requests
 from torchcrest.train.files import RunFiles, blocked, replacing
 from torchcrest.train.methods import CONFIGS, METHODS
 from torchcrest.train.plot import plot
 from torchcrest.train.run import Interrupted, train
 from torchcrest.train.settings import SHARED, RunSettings
+from torchcrest.train.verdict import judge, notes
 
 __all__ = ["main"]
 
+COMMANDS = ("train", "compare", "report", "select")
 TASK = "digits, mnist1d, or npz:PATH with arrays x_train, y_train, x_test, y_test"
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "Path": "a path"}
 
@@ -44,14 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         parsed = _parse(arguments)
-        {"train": _train, "compare": _compare, "select": _select}[parsed.subcommand](parsed[parsed.subcommand], console)
+        act = {"train": _train, "compare": _compare, "report": _report, "select": _select}[parsed.subcommand]
+        act(parsed[parsed.subcommand], console)
     except (TorchcrestError, ArgumentError) as error:
         _say(f"error: {error}")
         return 2
     except Interrupted as stopped:
+        where = f"after step {stopped.step} of {stopped.steps}. The checkpoint is in {_plain(str(stopped.folder))}."
         console.print(
-            f"Stopped after step {stopped.step} of {stopped.steps}. "
-            f"The checkpoint is in {_plain(str(stopped.folder))}.\nGo on with: {_plain(_again(arguments))}",
+            f"Stopped {where if stopped.step else 'before the first step.'}\nGo on with: {_plain(_again(arguments))}",
             soft_wrap=True,
             highlight=False,
         )
@@ -70,7 +74,15 @@ def _train(args: Namespace, console: Console) -> None:
     folder = _folder(args.out, settings.task, run_name(settings))
     finished = args.resume and RunFiles(folder).finished()
     with stop_requests(console) as stop, Watcher(console) as watcher:
-        summary = train(settings, folder, resume=args.resume, watch=watcher.begin(run_name(settings)), stop=stop)
+        summary = train(
+            settings,
+            folder,
+            resume=args.resume,
+            watch=watcher.begin(run_name(settings)),
+            stop=stop,
+            trackers=args.track,
+            energy=args.energy,
+        )
     if finished:
         console.print("This run was finished already.")
     _print_table(settings.task, [summary], console)
@@ -78,17 +90,58 @@ def _train(args: Namespace, console: Console) -> None:
 
 
 def _compare(args: Namespace, console: Console) -> None:
-    """Train with several methods, budgets and seeds; print the table and draw the picture."""
-    runs = plan(_settings(args), args.methods, args.budget, args.seeds)
+    """Train with several methods, budgets and seeds; print table and verdicts, and draw the picture."""
+    runs = plan(_settings(args), args.methods, args.budget, args.seeds, _rates(args.rates))
     folder = _folder(args.out, args.task, "compare")
+    failed: FailedRuns | None = None
     with stop_requests(console) as stop, Watcher(console) as watcher:
-        summaries = compare(runs, folder, begin=watcher.begin, stop=stop)
+        try:
+            summaries = compare(
+                runs,
+                folder,
+                begin=watcher.begin,
+                stop=stop,
+                processes=args.processes,
+                equal_time=args.equal_time,
+                trackers=args.track,
+                energy=args.energy,
+            )
+        except FailedRuns as error:
+            failed, summaries = error, error.summaries
+    if not summaries and failed:
+        raise failed
     _print_table(args.task, summaries, console)
+    verdicts = judge(summaries)
+    console.print()
+    for line in [*(verdict.sentence for verdict in verdicts), *notes(summaries, verdicts)]:
+        console.print(_plain(line), highlight=False)
+    done = {(summary["method"], summary["budget"], summary["seed"]) for summary in summaries}
+    drawn = [run for run in runs if (run.method, run.budget, run.seed) in done]
     try:
-        picture = f"Picture: {plot(runs, folder, folder / 'comparison.png')}"
+        picture = f"Picture: {plot(drawn, folder, folder / 'comparison.png')}"
     except ConfigError as error:
         picture = f"No picture: {error}"
-    console.print(_plain(picture), soft_wrap=True, highlight=False)
+    page = f"A page of it: torchcrest report {shlex.quote(str(folder))}"
+    console.print(_plain(f"\n{picture}\n{page}"), soft_wrap=True, highlight=False)
+    if failed:
+        raise failed
+
+
+def _report(args: Namespace, console: Console) -> None:
+    """Write the page of a comparison, or print its table."""
+    if args.format == "html":
+        path = report(args.folder, args.out or args.folder / "report.html", args.targets or None)
+        console.print(f"Report: {_plain(str(path))}", soft_wrap=True, highlight=False)
+        return
+    text = table(args.folder, args.format)
+    if args.out is None:
+        sys.stdout.write(text)
+        return
+    if args.out.is_dir() or blocked(args.out.parent):
+        raise ConfigError(must("out", "be a file in a folder", str(args.out), "Name the file to write."))
+    with replacing(args.out) as file:
+        file.write(text.encode())
+    console.print(f"Table: {_plain(str(args.out))}", soft_wrap=True, highlight=False)
 
 
 def _select(args: Namespace, console: Console) -> None:
@@ -115,10 +168,9 @@ def _select(args: Namespace, console: Console) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     """Parse the arguments. A preset, wherever it is named, gives the defaults of a second reading."""
-    commands = ("train", "compare", "select")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        want = f"be one of {', '.join(commands)}"
-        raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], commands)))
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        want = f"be one of {', '.join(COMMANDS)}"
+        raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], COMMANDS)))
     try:
         first = _parser({}).parse_args([word for word in arguments if not word.startswith("--print_config")])
         name = first[first.subcommand].get("preset")
@@ -136,6 +188,7 @@ def _parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     commands = parser.add_subcommands()
     commands.add_subcommand("train", _train_parser(crest_defaults), help="train one model with one method")
     commands.add_subcommand("compare", _compare_parser(crest_defaults), help="run several methods and print the table")
+    commands.add_subcommand("report", _report_parser(), help="write a comparison's page, or print its table")
     commands.add_subcommand("select", _select_parser(), help="pick one coreset of raw features")
     return parser
 
@@ -157,8 +210,26 @@ def _compare_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     parser.add_argument("--methods", type=str, nargs="+", default=methods, help=f"some of {', '.join(METHODS)}")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.1], help="shares of the full run's steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each method runs with each")
+    rates = "learning rates of methods that have their own, as in crest=0.3 random=0.2"
+    parser.add_argument("--rates", type=str, nargs="+", default=[], help=rates)
+    parser.add_argument("--processes", type=int, default=1, help="runs to make at once")
+    equal_time = "run random at further budgets too, so that each method meets it at equal time"
+    parser.add_argument("--equal_time", type=bool, default=True, help=equal_time)
     parser.add_argument("--out", type=Path | None, default=None, help="folder of the runs; default: runs/TASK/compare")
     return _without_markup(parser)
+
+
+def _report_parser() -> ArgumentParser:
+    about = "Show what a comparison, or a single run, found: a page of its own, or the table alone."
+    parser = _new(about, usage="torchcrest report DIR [options]")
+    parser.add_argument("--config", action="config", help="a YAML file of settings")
+    parser.add_argument("folder", type=Path, help="of torchcrest compare's --out, or of one run")
+    parser.add_argument("--format", type=str, default="html", help="html, md, csv or json; all but html: the table")
+    targets = "accuracies, from 0 to 1, to tell when they are reached; none: 0.9, 0.95 and 0.99 of the best"
+    parser.add_argument("--targets", type=float, nargs="+", default=[], help=targets)
+    out = "file to write; default: DIR/report.html, and the terminal for the other formats"
+    parser.add_argument("--out", type=Path | None, default=None, help=out)
+    return parser
 
 
 def _select_parser() -> ArgumentParser:
@@ -177,6 +248,9 @@ def _add_run(parser: ArgumentParser, crest_defaults: dict[str, Any], skip: set[s
     parser.add_argument("--config", action="config", help="a YAML file of settings; flags after it override them")
     parser.add_argument("task", type=str, help=TASK)
     parser.add_class_arguments(RunSettings, skip=skip)
+    track = "show the figures to some of tensorboard, trackio, wandb; give the task first"
+    parser.add_argument("--track", type=str, nargs="*", default=[], help=track)
+    parser.add_argument("--energy", action="store_true", help="measure the energy too, with codecarbon")
     parser.add_argument("--preset", type=str | None, default=None, help=f"the paper's settings: {', '.join(PRESETS)}")
     for name, config in CONFIGS.items():
         parser.add_class_arguments(config, name, skip=SHARED & {field.name for field in fields(config)})
@@ -212,7 +286,13 @@ def _explain(message: str, arguments: Sequence[str]) -> str:
         return must(name, f"be {plain}", got, "See --help.")
     if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flag = found[1].partition("=")[0]
-        parser = {"train": _train_parser, "compare": _compare_parser}.get(arguments[0], lambda _: _select_parser())({})
+        parsers: dict[str, ArgumentParser] = {
+            "train": _train_parser({}),
+            "compare": _compare_parser({}),
+            "report": _report_parser(),
+            "select": _select_parser(),
+        }
+        parser = parsers.get(arguments[0], parsers["train"])
         known = [option for action in parser._actions for option in action.option_strings]
         return must("flag", "be a known one", flag, suggest(flag, known) if flag.startswith("--") else "See --help.")
     if re.search(r"not iterable|item assignment|does not accept (nested )?(option|key) '(method|seed)'", message):
@@ -223,7 +303,7 @@ def _explain(message: str, arguments: Sequence[str]) -> str:
     if found := re.search(r"required: (?:\w+\.)?(\w+)", message):
         return f"{found[1]} must be given. See --help."
     if "subcommand" in message:
-        return "command must be one of train, compare, select. See --help."
+        return f"command must be one of {', '.join(COMMANDS)}. See --help."
     return message
 
 
@@ -249,6 +329,18 @@ def _settings(args: Namespace, **chosen: Any) -> RunSettings:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def _rates(words: Sequence[str]) -> dict[str, float]:
+    """Read learning rates, method=rate."""
+    rates: dict[str, float] = {}
+    for word in words:
+        name, _, rate = word.partition("=")
+        try:
+            rates[name] = float(rate)
+        except ValueError as error:
+            raise ConfigError(must("rates", "be like crest=0.3", word, "Name the method and its rate.")) from error
+    return rates
 
 
 # Words and files ------------------------------------------------------------------------------------------------
