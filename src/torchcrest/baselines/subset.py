@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -144,7 +144,7 @@ class SubsetLoader(Passes):
     def _measure(self, indices: Tensor, dataset: Any = None) -> Pool:
         """Forward the examples of the training data, or of another data set; keep no data."""
         dataset = self._dataset if dataset is None else dataset
-        pools = [self._meter.measure(rows, data) for rows, data in self._read(indices, dataset)]
+        pools = [replace(self._meter.measure(*read), data=None) for read in self._read(indices, dataset)]
         self.stats.examples_forwarded = self._meter.forwarded
         labels = [pool.labels for pool in pools if pool.labels is not None]
         features = [pool.features for pool in pools if pool.features is not None]
