@@ -274,3 +274,19 @@ def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch) -
     assert calls == [1235, 1235]
     assert torch.equal(rows, naive[0])
     assert torch.equal(sizes, naive[1])
+
+
+@pytest.mark.parametrize("held", [5_000, 700, 64], ids=["classes", "members", "few"])
+@pytest.mark.parametrize("layer", [False, True], ids=["outputs", "last-layer"])
+def test_little_memory_picks_the_same(monkeypatch: pytest.MonkeyPatch, held: int, layer: bool) -> None:
+    """Distances are computed as they are needed, and members counted a few at a time: the same picks and sizes."""
+    generator = torch.Generator().manual_seed(1)
+    gradients = torch.randint(0, 1_000, (2, 90, 1), generator=generator).float()
+    features = torch.randint(1, 4, (2, 90, 1), generator=generator).float() if layer else None
+    labels = torch.arange(90).remainder(3).clamp(max=1).expand(2, -1)
+    module = sys.modules["torchcrest.solvers.medoids"]
+    rows, sizes = medoids(gradients, 20, labels, features, bias=False)
+    monkeypatch.setattr(module, "CHUNK", held)
+    again = medoids(gradients, 20, labels, features, bias=False)
+    assert torch.equal(rows, again[0])
+    assert torch.equal(sizes, again[1])
