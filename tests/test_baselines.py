@@ -42,7 +42,7 @@ from torchcrest import (
 from torchcrest.baselines.subset import SubsetLoader
 from torchcrest.solvers import match_gradients, medoids
 
-MakeSubset = Callable[..., SubsetLoader]
+MakeSubset = Callable[..., SubsetLoader[Any]]
 
 
 @pytest.fixture(params=[make_craig, make_gradmatch, make_glister], ids=["craig", "gradmatch", "glister"])
@@ -73,7 +73,7 @@ def gradients_by_hand(model: nn.Linear, x: Tensor, y: Tensor) -> tuple[Tensor, T
     return p, torch.cat([(p[:, :, None] * x[:, None, :]).flatten(1), p], 1)
 
 
-def weights_of(loader: SubsetLoader) -> dict[int, float]:
+def weights_of(loader: SubsetLoader[Any]) -> dict[int, float]:
     return {i: float(loader._weights[i]) for i in loader._chosen.nonzero()[:, 0].tolist()}
 
 
@@ -153,6 +153,10 @@ class TestSubsets:
             with pytest.raises(ConfigError, match=match):
                 config(**change)
 
+    def test_config_of_another_method(self, blobs: Blobs) -> None:
+        with pytest.raises(ConfigError, match="config must be a CraigConfig, got 'GlisterConfig'"):
+            Craig(make_net(), blobs, GlisterConfig(), steps=3)  # type: ignore[arg-type]
+
     def test_config_names_all_problems(self) -> None:
         with pytest.raises(ConfigError, match=r"(?s)batch_size must.*ridge must"):
             GradMatchConfig(batch_size=0, ridge=0)
@@ -227,7 +231,7 @@ class TestGlister:
         config = GlisterConfig(batch_size=16, subset=30, rounds=5, step_size=0.05, stratify=False, validation=20)
         loader = Glister(model, data, config, steps=3, seed=3)
         next(iter(loader))
-        held = loader._held_out
+        held = loader._judges
         train = [i for i in range(120) if i not in set(held.tolist())]
         gradients = gradients_by_hand(model, data.x, data.y)[1]
         moved, picked = linear(), []
@@ -247,17 +251,17 @@ class TestGlister:
         model = make_net()
         loader = make_glister(model, blobs, steps=30)
         trained = {i for indices, _ in train_pass(model, loader) for i in indices}
-        assert len(loader._held_out) == 30
-        assert not trained & set(loader._held_out.tolist())
+        assert len(loader._judges) == 30
+        assert not trained & set(loader._judges.tolist())
 
     def test_another_seed_holds_out_others(self, blobs: Blobs) -> None:
-        one, two = (make_glister(make_net(), blobs, seed=seed)._held_out for seed in (1, 2))
+        one, two = (make_glister(make_net(), blobs, seed=seed)._judges for seed in (1, 2))
         assert not torch.equal(one, two)
 
     def test_validation_data_of_the_users_own(self, blobs: Blobs) -> None:
         loader = make_glister(make_net(), blobs, validation=Blobs(50, seed=1))
         drain(loader)
-        assert len(loader._held_out) == 0
+        assert loader._candidates.all()
         assert loader.stats.examples_forwarded == 3 * 350
 
     def test_picks_what_the_validation_data_need(self) -> None:
@@ -397,7 +401,9 @@ class TestInfoBatch:
 
     def test_losses_that_are_not_finite(self, blobs: Blobs) -> None:
         losses = torch.where(torch.arange(300) == 7, torch.nan, 1.0)
-        with pytest.raises(NonFiniteLossError, match=r"loss is NaN or infinite up to step 18 for 1 of 288 examples .data-set indices 7"):
+        with pytest.raises(
+            NonFiniteLossError, match=r"loss is NaN or infinite up to step 18 for 1 of 288 examples .data-set indices 7"
+        ):
             Told(make_infobatch(make_net(), blobs), losses)
 
     @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcrest.active import stream
 from torchcrest.baselines.subset import Proxy, SubsetConfig, SubsetLoader
 from torchcrest.checks import Checks
+from torchcrest.errors import ConfigError, must
 from torchcrest.feed import examples_in
 from torchcrest.objectives import Objective
 from torchcrest.solvers import shares
-from torchcrest.types import Pool
+from torchcrest.types import Pool, no_indices
 
 __all__ = ["Glister", "GlisterConfig"]
 
@@ -46,34 +48,21 @@ class GlisterConfig(SubsetConfig):
         checks.whole("rounds", 1, "The public code uses 15.")
 
 
-class Glister(SubsetLoader):
+class Glister(SubsetLoader[GlisterConfig]):
     """GLISTER (Killamsetty et al., AAAI 2021, arXiv 2012.10630).
 
     Greedy: pick the examples with whose gradient step on the last layer the loss on validation examples falls
     most, to first order; take that step; go on. All weights are 1.
 
-    Args:
-        model: the model in training.
-        dataset: map-style, as for :class:`torchcrest.Crest`, like all that is not explained here.
-        config: the settings; None: the defaults.
-        steps: batches of a pass.
-        seed: of the order in which the subset is gone through and of the split.
-        objective: how a batch becomes outputs and losses.
-        last_layer: the layer that ``proxy="last_layer"`` compares; None: the last linear layer that runs.
-        validation: data to judge by, of the same form as ``dataset``, for example a split of your own; never the
-            test data. None: a part of ``dataset`` is held out.
-        num_workers: processes that read ahead; it and the rest as in :class:`torch.utils.data.DataLoader`.
-        collate_fn: makes a batch of a list of examples.
-        pin_memory: read into pinned memory.
-        prefetch_factor: batches that each worker reads ahead.
+    Takes the arguments of :class:`torchcrest.Crest`, with settings of its own, raises the same errors, and:
 
-    Raises:
-        ConfigError: settings that cannot work.
-        DataError: a data set that cannot be used.
+    Args:
+        validation: data to judge by, of the same form as ``dataset``, for example a split of your own; never the
+            test data. None: a part of ``dataset`` is held out. They are held in memory while it selects.
     """
 
     method = "glister"
-    config: GlisterConfig
+    settings = GlisterConfig
 
     def __init__(
         self,
@@ -91,7 +80,9 @@ class Glister(SubsetLoader):
         pin_memory: bool = False,
         prefetch_factor: int | None = None,
     ) -> None:
-        config = config or GlisterConfig()
+        self._holds_out = validation is None
+        self._validation = dataset if validation is None else validation
+        self._judges = no_indices() if validation is None else torch.arange(examples_in(validation, "validation"))
         super().__init__(
             model,
             dataset,
@@ -104,17 +95,30 @@ class Glister(SubsetLoader):
             collate_fn=collate_fn,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
-            hold_out=config.validation if validation is None else None,
         )
-        self._validation = dataset if validation is None else validation
-        self._judges = self._held_out if validation is None else torch.arange(examples_in(validation, "validation"))
+
+    def _candidates_among(self, examples: int) -> Tensor:
+        """Hold out at random what is to judge, where no validation data were given."""
+        candidates = super()._candidates_among(examples)
+        if not self._holds_out:
+            return candidates
+        share = self.config.validation
+        count = share if isinstance(share, int) else max(1, round(share * examples))
+        if count >= examples:
+            want = f"leave some of the {examples} examples to train on"
+            raise ConfigError(must("validation", want, share, "Use for example 0.1."))
+        order = torch.randperm(examples, generator=stream(self._seed, "validation"))
+        self._judges = order[:count].sort().values
+        candidates[self._judges] = False
+        return candidates
 
     def _pick(self, everything: Pool) -> tuple[Tensor, Tensor]:
         judges = [self._meter.measure(rows, data) for rows, data in self._read(self._judges, self._validation)]
         self.stats.examples_forwarded = self._meter.forwarded
         n, config, labels = len(everything.indices), self.config, everything.labels
         gains = _Gains(everything, judges, self._objective, config.step_size)
-        classes = torch.zeros(n, dtype=torch.int64) if labels is None else torch.unique(labels, return_inverse=True)[1]
+        nothing = torch.zeros(n, dtype=torch.int64, device=everything.losses.device)
+        classes = nothing if labels is None else torch.unique(labels, return_inverse=True)[1]
         quotas = torch.from_numpy(shares(classes.bincount().cpu().numpy(), self._size)).to(classes.device)
         taken = torch.zeros(n, dtype=torch.bool, device=classes.device)
         for k in range(1, config.rounds + 1):

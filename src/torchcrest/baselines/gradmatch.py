@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcrest.active import stream
 from torchcrest.baselines.subset import Proxy, SubsetConfig, SubsetLoader
 from torchcrest.checks import Checks
-from torchcrest.objectives import Objective
 from torchcrest.solvers import match_gradients, shares
 from torchcrest.types import Pool
 
@@ -37,62 +34,18 @@ class GradMatchConfig(SubsetConfig):
         checks.above_zero("ridge", "0.5 is the public code's.")
 
 
-class GradMatch(SubsetLoader):
+class GradMatch(SubsetLoader[GradMatchConfig]):
     """GradMatch (Killamsetty et al., ICML 2021, arXiv 2103.00123).
 
     Orthogonal matching pursuit with non-negative weights, class by class. Where the gradients are matched
     with fewer examples than were asked for, random ones that stand for themselves alone (weight 1) fill
     the class's share, as in the authors' code.
 
-    Args:
-        model: the model in training.
-        dataset: map-style, as for :class:`torchcrest.Crest`, like all that is not explained here.
-        config: the settings; None: the defaults.
-        steps: batches of a pass.
-        seed: of the order in which the subset is gone through, and of the examples that fill the subset.
-        objective: how a batch becomes outputs and losses.
-        last_layer: the layer that ``proxy="last_layer"`` compares; None: the last linear layer that runs.
-        num_workers: processes that read ahead; it and the rest as in :class:`torch.utils.data.DataLoader`.
-        collate_fn: makes a batch of a list of examples.
-        pin_memory: read into pinned memory.
-        prefetch_factor: batches that each worker reads ahead.
-
-    Raises:
-        ConfigError: settings that cannot work.
-        DataError: a data set that cannot be used.
+    Takes the arguments of :class:`torchcrest.Crest`, with settings of its own, and raises the same errors.
     """
 
     method = "gradmatch"
-    config: GradMatchConfig
-
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset: Any,
-        config: GradMatchConfig | None = None,
-        *,
-        steps: int,
-        seed: int = 0,
-        objective: Objective | Callable[[Tensor, Any], Tensor] | None = None,
-        last_layer: nn.Linear | None = None,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        pin_memory: bool = False,
-        prefetch_factor: int | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            dataset,
-            config or GradMatchConfig(),
-            steps=steps,
-            seed=seed,
-            objective=objective,
-            last_layer=last_layer,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            prefetch_factor=prefetch_factor,
-        )
+    settings = GradMatchConfig
 
     def _pick(self, everything: Pool) -> tuple[Tensor, Tensor]:
         rows, found = match_gradients(

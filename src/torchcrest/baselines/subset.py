@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torchcrest.feed import Feed, Reading, examples_in, refuse_other_length
 from torchcrest.measure import Meter, device_of
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.passes import Passes
-from torchcrest.types import Pool, WeightedBatch, no_indices
+from torchcrest.types import Pool, WeightedBatch
 
 __all__ = ["SubsetConfig", "SubsetLoader"]
 
@@ -72,35 +72,42 @@ class SubsetConfig:
         return asdict(self)
 
 
-class SubsetLoader(Passes):
+Config = TypeVar("Config", bound=SubsetConfig)
+
+
+class SubsetLoader(Passes, Generic[Config]):
     """Random mini-batches of a weighted subset that is picked anew, from everything, every so often.
 
     A method says in :meth:`_pick` which examples, and how they weigh. Each selection forwards all the data
-    and holds its losses and proxy gradients.
+    and holds its losses and proxy gradients. Arguments are those of :class:`torchcrest.Crest`; the seed is of
+    the order in which the subset is gone through, and workers read batches ahead.
     """
+
+    settings: type[Config]
 
     def __init__(
         self,
         model: nn.Module,
         dataset: Any,
-        config: SubsetConfig,
+        config: Config | None = None,
         *,
         steps: int,
-        seed: int,
-        objective: Objective | Callable[[Tensor, Any], Tensor] | None,
-        last_layer: nn.Linear | None,
-        num_workers: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        pin_memory: bool,
-        prefetch_factor: int | None,
-        hold_out: int | float | None = None,
+        seed: int = 0,
+        objective: Objective | Callable[[Tensor, Any], Tensor] | None = None,
+        last_layer: nn.Linear | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        prefetch_factor: int | None = None,
     ) -> None:
+        config = self.settings() if config is None else config
+        if not isinstance(config, self.settings):
+            want, do = f"be a {self.settings.__name__}", f"Write {self.settings.__name__}(batch_size=..., subset=...)."
+            raise ConfigError(must("config", want, type(config).__name__, do))
         examples = examples_in(dataset)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
-        self.config = config
-        self._held_out = _hold_out(examples, hold_out, seed)
-        self._candidates = torch.ones(examples, dtype=torch.bool)
-        self._candidates[self._held_out] = False
+        self.config, self._dataset = config, dataset
+        self._candidates = self._candidates_among(examples)
         share, left = config.subset, int(self._candidates.sum())
         self._size = share if isinstance(share, int) else round(share * left)
         if not config.batch_size <= self._size <= left:
@@ -108,7 +115,6 @@ class SubsetLoader(Passes):
             raise ConfigError(must("subset", want, share, "A batch's examples are distinct: change one of the two."))
         every = config.reselect
         self._every = every if isinstance(every, int) else max(1, round(every * steps))
-        self._dataset = dataset
         self._objective = as_objective(objective)
         self._meter = Meter(
             model, self._objective, "eval", whole_layer=config.proxy == "last_layer", last_layer=last_layer
@@ -117,6 +123,10 @@ class SubsetLoader(Passes):
         self._chosen = torch.zeros(examples, dtype=torch.bool)
         self._reading = Reading(num_workers, collate_fn, pin_memory, prefetch_factor)
         self._feed = Feed(dataset, Draws(self._chosen, seed), config.batch_size, self._reading, seed)
+
+    def _candidates_among(self, examples: int) -> Tensor:
+        """Return ``[examples]`` bool, True for those that may be picked."""
+        return torch.ones(examples, dtype=torch.bool)
 
     @abstractmethod
     def _pick(self, everything: Pool) -> tuple[Tensor, Tensor]:
@@ -189,14 +199,3 @@ class SubsetLoader(Passes):
         number, position, put_off = state["place"]
         self._feed.seek(Place(number, position, tuple(put_off)))
         self._meter.forwarded = state["stats"]["examples_forwarded"]
-
-
-def _hold_out(examples: int, share: int | float | None, seed: int) -> Tensor:
-    """Choose at random the examples that are kept for validation, in ascending order."""
-    if share is None:
-        return no_indices()
-    count = share if isinstance(share, int) else max(1, round(share * examples))
-    if count >= examples:
-        want = f"leave some of the {examples} examples to train on"
-        raise ConfigError(must("validation", want, share, "Use for example 0.1."))
-    return torch.randperm(examples, generator=stream(seed, "validation"))[:count].sort().values
