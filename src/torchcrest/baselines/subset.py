@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
@@ -151,24 +151,25 @@ class SubsetLoader(Passes, Generic[Config]):
         self.stats.active = len(picked)
         self._log("select", examples=len(picked))
 
-    def _measure(self, indices: Tensor, dataset: Any = None) -> Pool:
-        """Forward the examples of the training data, or of another data set; keep no data."""
-        dataset = self._dataset if dataset is None else dataset
-        pools = [replace(self._meter.measure(*read), data=None) for read in self._read(indices, dataset)]
+    def _measure(self, indices: Tensor) -> Pool:
+        """Forward examples of the training data; keep what is measured and no data."""
+        held: dict[str, Tensor] = {}
+        start, bias = 0, True
+        for rows, data in self._read(indices, self._dataset):
+            pool = self._meter.measure(rows, data)
+            bias = pool.bias
+            for name in ("losses", "gradients", "features", "labels"):
+                part = getattr(pool, name)
+                if part is not None:
+                    # Into one tensor from the start: many small ones among large activations scatter the memory.
+                    whole = held.setdefault(name, part.new_empty(len(indices), *part.shape[1:]))
+                    whole[start : start + len(rows)] = part
+            start += len(rows)
         self.stats.examples_forwarded = self._meter.forwarded
-        labels = [pool.labels for pool in pools if pool.labels is not None]
-        features = [pool.features for pool in pools if pool.features is not None]
-        whole = Pool(
-            indices,
-            None,
-            torch.cat([pool.losses for pool in pools]),
-            torch.cat([pool.gradients for pool in pools]),
-            torch.cat(features) if features else None,
-            pools[0].bias,
-            torch.cat(labels) if labels and self.config.stratify else None,
-        )
-        self._refuse_non_finite(whole)
-        return whole
+        labels = held.get("labels") if self.config.stratify else None
+        pool = Pool(indices, None, held["losses"], held["gradients"], held.get("features"), bias, labels)
+        self._refuse_non_finite(pool)
+        return pool
 
     def _read(self, indices: Tensor, dataset: Any) -> Iterator[tuple[Tensor, Any]]:
         """Read examples in their order, many at a time."""
