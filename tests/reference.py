@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from scipy.optimize import nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
 Matrix = Sequence[Sequence[float]]
@@ -100,3 +102,29 @@ def smoothed(terms: Sequence[Tensor], decay: float) -> Tensor:
     for weight, term in zip(weights, terms, strict=True):
         total = total + weight * term
     return total / sum(weights)
+
+
+def match_gradients(atoms: Tensor, size: int, labels: Sequence[int] | None, ridge: float) -> list[float]:
+    """Pursue class by class with the gradients themselves, the ridge as more rows of the equations."""
+    g = atoms.double().numpy()
+    classes = [0] * len(g) if labels is None else list(labels)
+    names = sorted(set(classes))
+    weights = [0.0] * len(g)
+    for name, quota in zip(names, shares([classes.count(name) for name in names], size), strict=True):
+        members = [i for i, c in enumerate(classes) if c == name]
+        a = g[members].T
+        total, norms = a.sum(1), np.linalg.norm(a, axis=0)
+        noise = 1e-12 * norms.max() * norms.sum()
+        support: list[int] = []
+        found = np.zeros(0)
+        for _ in range(quota):
+            agreement = a.T @ (total - a[:, support] @ found)
+            agreement[support] = -np.inf
+            if agreement.max() <= noise:
+                break
+            support.append(int(np.flatnonzero(agreement >= agreement.max() - noise)[0]))
+            penalty = np.sqrt(ridge * (norms**2).mean()) * np.eye(len(support))
+            found = nnls(np.vstack([a[:, support], penalty]), np.concatenate([total, np.zeros(len(support))]))[0]
+        for place, weight in zip(support, found, strict=True):
+            weights[members[place]] = float(weight)
+    return weights

@@ -139,7 +139,7 @@ def _pursue(p: Tensor, f: Tensor | None, bias: bool, count: Tensor, quota: Tenso
         target[:, t] = whole[every, pick] * going
         active[:, t] = going
         here = slice(t + 1)
-        _extend(factor[:, here, here], gram[:, here, here], active[:, here], penalty)
+        _extend(factor[:, here, here], gram[:, here, here], active[:, here])
         weights[:, here] = _settle(
             gram[:, here, here], target[:, here], weights[:, here], active[:, here], factor[:, here, here], noise
         )
@@ -164,13 +164,12 @@ def _times(row: Tensor, matrix: Tensor) -> Tensor:
     return (row.unsqueeze(1) @ matrix).squeeze(1)
 
 
-def _extend(factor: Tensor, gram: Tensor, active: Tensor, least: Tensor) -> None:
+def _extend(factor: Tensor, gram: Tensor, active: Tensor) -> None:
     """Fill in the last row of the active rows' Cholesky factors; in place."""
-    joins = active[:, -1]
-    cross = gram[:, -1, :-1] * (active[:, :-1] & joins.unsqueeze(1))
+    cross = gram[:, -1, :-1] * active[:, :-1]
     row = torch.linalg.solve_triangular(factor[:, :-1, :-1], cross.unsqueeze(-1), upper=False).squeeze(-1)
     factor[:, -1, :-1] = row
-    factor[:, -1, -1] = torch.where(joins, torch.maximum(gram[:, -1, -1] - row.square().sum(1), least).sqrt(), 1)
+    factor[:, -1, -1] = torch.where(active[:, -1], (gram[:, -1, -1] - row.square().sum(1)).sqrt(), 1)
 
 
 def _settle(gram: Tensor, target: Tensor, weights: Tensor, active: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
@@ -197,7 +196,6 @@ def _settle(gram: Tensor, target: Tensor, weights: Tensor, active: Tensor, facto
             break
         place = torch.where(blocked, leaving, entering)[moved]
         active[moved, place] = enters[moved]
-        weights[moved, place] = 0
         both = active[moved].unsqueeze(1) & active[moved].unsqueeze(2)
         factor[moved] = torch.linalg.cholesky_ex(
             torch.where(both, gram[moved], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
@@ -206,11 +204,12 @@ def _settle(gram: Tensor, target: Tensor, weights: Tensor, active: Tensor, facto
 
 
 def _check(gradients: Tensor, size: int, labels: Tensor | None, features: Tensor | None, ridge: float) -> None:
+    for name, values in (("gradients", gradients), ("features", features), ("labels", labels)):
+        if values is not None and not isinstance(values, Tensor):
+            raise DataError(must(name, "be a tensor", type(values).__name__, f"Use torch.as_tensor({name})."))
     for name, values in (("gradients", gradients), ("features", features)):
         if values is None:
             continue
-        if not isinstance(values, Tensor):
-            raise DataError(must(name, "be a tensor", type(values).__name__, f"Use torch.as_tensor({name})."))
         if values.dim() != 2 or len(values) != len(gradients) or len(values) == 0:
             want = "have shape [n, d], n at least 1" if name == "gradients" else f"have shape ({len(gradients)}, h)"
             raise DataError(must(name, want, tuple(values.shape), "Give one row for each example."))
