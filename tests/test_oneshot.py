@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import reference
 from torchcrest import ConfigError, DataError, coreset
-from torchcrest.solvers import Metric, distance
+from torchcrest.solvers import Metric
 
 METRICS: list[Metric] = ["euclidean", "sqeuclidean", "cosine"]
 Floats = NDArray[np.float64]
@@ -93,6 +92,11 @@ class TestCraig:
         error = np.abs(weights @ np.tanh(x[indices]) - whole).max()
         assert error < np.abs(5 * np.tanh(x[random]).sum(0) - whole).max()
 
+    def test_far_from_the_origin(self) -> None:
+        """Distances are the same there, and float32 has digits enough if they are not taken from the origin."""
+        x = (blobs(200) * 64).round().astype(np.float32)
+        assert coreset(x + 1e6, 20)[0].tolist() == coreset(x, 20)[0].tolist()
+
     def test_deterministic(self) -> None:
         first, second = (coreset(blobs(200), 20)[0].tolist() for _ in range(2))
         assert first == second
@@ -132,21 +136,21 @@ class TestTypes:
         x.flags.writeable = False
         assert coreset(x, 6)[0].tolist() == coreset(x.copy(), 6)[0].tolist()
 
-    def test_size_of_numpy(self) -> None:
+    def test_sizes_of_numpy(self) -> None:
         size: Any = np.int64(5)
-        assert len(coreset(blobs(), size)[0]) == 5
+        assert len(coreset(blobs(), size, part_size=3 * size, seed=size)[0]) == 5
 
 
 def test_never_builds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
     entries: list[int] = []
-    module = sys.modules["torchcrest.solvers.oneshot"]
+    whole = torch.cdist
 
     def traced(left: Tensor, right: Tensor) -> Tensor:
-        result = distance.distances(left, right)
+        result: Tensor = whole(left, right)
         entries.append(result.numel())
         return result
 
-    monkeypatch.setattr(module, "distances", traced)
+    monkeypatch.setattr(torch, "cdist", traced)
     n = 6000
     indices, weights = coreset(blobs(n, 2).astype(np.float32), 30)
     assert len(indices) == 30
