@@ -1,7 +1,8 @@
-"""The command: what it refuses and how, configuration files, stopping and going on, coresets of raw features."""
+"""The command: what it refuses and how, configuration files, comparisons and reports, stopping and going on."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -23,7 +24,11 @@ from rich.console import Console
 import torchcrest
 from conftest import Blobs, same
 from torchcrest import cli
+from torchcrest.report import table
+from torchcrest.train import compare as comparing
 from torchcrest.train.files import RunFiles
+from torchcrest.train.methods import CONFIGS
+from torchcrest.train.verdict import FEW_SEEDS, judge
 
 # 20 steps in full, 10 in the budget, of blobs.npz
 QUICK = ["--epochs=2", "--batch_size=16", "--budget=0.5", "--evaluations=2"]
@@ -83,7 +88,7 @@ def final(folder: str) -> Any:
 # Bad input ---------------------------------------------------------------------------------------------------
 
 BAD = {
-    "": "train, ?compare, ?select",
+    "": "train, compare, report, select",
     "trian digits": "command must be one of .*Did you mean train",
     "train": "task",
     "train digitz": "task must be one of .*Did you mean digits",
@@ -97,7 +102,8 @@ BAD = {
     "BLOBS --model resnet21": "model must be one of .*Did you mean resnet2?0?",
     "BLOBS --preset cifar": "preset must be one of .*Did you mean cifar10",
     "BLOBS --budget 0": r"budget must be in \(0, 1\], got 0.0",
-    "BLOBS --budget lots": "budget",
+    "BLOBS --budget lots": "budget must be a number, got 'lots'",
+    "BLOBS --epochs lots": "epochs must be a number, got 'lots'",
     "BLOBS --epochs 0": "epochs must be above 0",
     "BLOBS --batch_size 0": "batch_size must be above 0|batch_size must be a whole number of at least 1",
     "BLOBS --learning_rate -0.1": "learning_rate must be above 0",
@@ -113,6 +119,13 @@ BAD = {
     "BLOBS --crest.pool_size 8": "pool_size must be at least batch_size = 16",
     "BLOBS --batch_size 161 --method random --crest.pool_size 161": "batch_size must be at most the 160",
     "BLOBS --crest.curvature none": "curvature.*first_order",
+    "BLOBS --craig.reselect 2.5": r"craig\.reselect must be steps .* or a share in \(0, 1\], got 2\.5",
+    "BLOBS --craig.reselect often": r"craig\.reselect must be a number, got 'often'",
+    "BLOBS --gradmatch.proxy last": r"gradmatch\.proxy must be one of outputs, last_layer, got 'last'",
+    "BLOBS --glister.round 3": r"got '--glister\.round'. Did you mean --glister\.rounds",
+    "BLOBS --glister.rounds 0": r"glister\.rounds must be a whole number of at least 1, got 0",
+    "BLOBS --infobatch.prune 1": r"infobatch\.prune must be in \[0, 1\), got 1",
+    "BLOBS --track tensorbord": "track must name some of .*Did you mean tensorboard",
     "BLOBS --bugdet 0.1": "--bugdet",
     "BLOBS --config nothing.yaml": "nothing.yaml",
     "BLOBS --config blobs.npz": "config",
@@ -120,6 +133,22 @@ BAD = {
     "BLOBS --out file/run": "out must be a folder|file/run",
     "compare npz:blobs.npz --methods full crets": "method must be one of .*Did you mean crest",
     "compare npz:blobs.npz --budget 0.1 2": r"budget must be in \(0, 1\], got 2.0",
+    "compare npz:blobs.npz --rates crest": "rates must be like crest=0.3, got 'crest'",
+    "compare npz:blobs.npz --rates crest=x": "rates must be like crest=0.3, got 'crest=x'",
+    "compare npz:blobs.npz --rates magic=0.1": "rates must be of the methods that are run, got 'magic'. Known: full",
+    "compare npz:blobs.npz --rates crets=0.1": "rates must be .*Did you mean crest",
+    "compare npz:blobs.npz --rates crest=-1": "rates of crest must be above 0, got -1.0",
+    "compare npz:blobs.npz --rates crest=1 crest=2": "rates must name crest once, got 'crest=1 crest=2'",
+    "compare npz:blobs.npz --track tensorbord": "track must name some of .*Did you mean tensorboard",
+    "compare npz:blobs.npz --processes 0": "processes must be at least 1, got 0",
+    "compare npz:blobs.npz --processes 1.5": "processes must be a whole number, got '1.5'",
+    "compare npz:blobs.npz --equal_time maybe": "equal_time must be true or false, got 'maybe'",
+    "report": "folder must be given",
+    "report nothing": "nothing must be a folder of runs, got 'nothing there'",
+    "report file": "file must be a folder of runs, got 'a file'",
+    "report .": "must hold runs, got 'none'",
+    "report nothing --format xls": "format must be one of md, csv, json, got 'xls'. For a page, use html",
+    "report nothing --target 0.9": "Did you mean --targets",
     "select nothing.npy --size 3 --out o.npz": "nothing.npy must be a .npy file.*No such file",
     "select text.npy --size 3 --out o.npz": "text.npy must be a .npy file",
     "select blobs.npz --size 3 --out o.npz": "blobs.npz must be a .npy file",
@@ -153,6 +182,15 @@ def test_all_problems_come_in_one_message(command: Command) -> None:
         assert f"{name} must" in error, error
 
 
+def test_a_batch_larger_than_a_pool_matters_to_crest_alone(command: Command) -> None:
+    flags = ["npz:blobs.npz", "--epochs=1", "--batch_size=32", "--crest.pool_size=16", "--out=runs"]
+    assert command("train", *flags[:-1], "--out=run", "--method=random").status == 0
+    assert command("compare", *flags, "--methods", "full", "infobatch").status == 0
+    error = "error: crest.pool_size must be at least batch_size = 32, got 16"
+    assert command("train", *flags).err.startswith(error)
+    assert command("compare", *flags, "--methods", "full", "crest").err.startswith(error)
+
+
 def test_a_loss_that_explodes_is_named(command: Command) -> None:
     for method in ("random", "crest"):
         result = command(*BLOBS, "--learning_rate=1e6", "--budget=1", f"--method={method}")
@@ -180,15 +218,20 @@ def printed(command: Command, *arguments: str) -> dict[str, Any]:
 
 def test_help_and_version(command: Command) -> None:
     assert command("--version") == (0, f"torchcrest {torchcrest.__version__}\n", "")
-    texts = {name: command(*name.split(), "--help") for name in ("", "train", "compare", "select")}
+    texts = {name: command(*name.split(), "--help") for name in ("", *cli.COMMANDS)}
     for text in texts.values():
         assert (text.status, text.err) == (0, "")
         assert ":class:" not in text.out
         assert "``" not in text.out, "markup in the help"
     for option in ("--method", "--budget", "--epochs", "--seed", "--out", "--resume", "--preset", "--crest.tolerance"):
         assert option in texts["train"].out
-    for option in ("--methods", "--budget", "--seeds", "--out", "--crest.tolerance"):
+    for option in ("--methods", "--budget", "--seeds", "--out", "--rates", "--processes", "--equal_time"):
         assert option in texts["compare"].out
+    for option in ("--track", "--energy", "--crest.tolerance", "--glister.rounds", "--infobatch.prune"):
+        assert option in texts["train"].out
+        assert option in texts["compare"].out
+    for option in ("--format", "--targets", "--out"):
+        assert option in texts["report"].out
     assert "--resume" not in texts["compare"].out
     for option in ("--labels", "--size", "--metric", "--out"):
         assert option in texts["select"].out
@@ -203,8 +246,14 @@ def test_the_printed_configuration_gives_the_same_run(command: Command) -> None:
     assert same(final("flags"), final("copy"))
 
 
-def test_a_run_s_configuration_gives_the_same_run(command: Command) -> None:
-    assert command(*BLOBS, "--seed=3", "--out=run").status == 0
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_run_s_configuration_gives_the_same_run(command: Command, method: str) -> None:
+    own: dict[str, dict[str, Any]] = {"glister": {"rounds": 3}, "craig": {"reselect": 4}, "infobatch": {"prune": 0.4}}
+    flags = [f"--{name}.{key}={value}" for name, each in own.items() for key, value in each.items()]
+    assert command(*BLOBS, *flags, f"--method={method}", "--seed=3", "--out=run").status == 0
+    config = RunFiles(Path("run")).read_config()
+    assert CONFIGS.keys() & config.keys() == {method}, "the others' settings say nothing about this run"
+    assert config[method].items() >= own.get(method, {}).items()
     result = command("train", "--config=run/config.yaml", "--out=again")
     assert (result.status, result.err) == (0, "")
     assert "Run: again" in result.out
@@ -215,15 +264,36 @@ def test_a_run_s_configuration_is_no_comparison_s(command: Command) -> None:
     assert command(*BLOBS, "--seed=3", "--out=run").status == 0
     result = command("compare", "--config=run/config.yaml", "--out=comparison")
     assert result.status == 2
-    assert "config must hold methods, budget and seeds as lists" in result.err
+    assert "config must hold track, methods, budget, seeds, rates as lists" in result.err
 
 
-@pytest.mark.parametrize("line", ["methods: crest", "budget: 0.5", "seeds: 1"])
+LINES = ["methods: crest", "budget: 0.5", "seeds: 1", "rates: crest=0.3", "rates: {crest: 0.3}", "track: tensorboard"]
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_comparison_s_configuration_holds_lists(command: Command, line: str) -> None:
     Path("my.yaml").write_text(line)
     result = command("compare", "digits", "--config=my.yaml")
     assert result.status == 2
-    assert "config must hold methods, budget and seeds as lists" in result.err
+    assert re.fullmatch("error: config must hold track, methods, budget, seeds, rates as lists, .*\n", result.err)
+
+
+@pytest.mark.parametrize("name", ["rates", "methods", "track", "processes"])
+def test_an_empty_setting_in_a_file_is_named(command: Command, name: str) -> None:
+    Path("my.yaml").write_text(f"{name}: null\n")
+    result = command("compare", "digits", "--config=my.yaml")
+    assert (result.status, result.err) == (2, f"error: {name} must have a value, got None. Leave it out.\n")
+
+
+def test_the_printed_configuration_of_a_comparison_is_accepted(command: Command) -> None:
+    flags = ["--rates", "crest=0.3", "random=1e-3", "--track", "tensorboard", "--processes=2", "--equal_time=false"]
+    flags += ["--craig.reselect=3", "--gradmatch.ridge=1.0", "--glister.validation=0.2", "--infobatch.anneal=1"]
+    flags += ["--energy", "--preset=snli", "--methods", "random", "crest", "--seeds", "1", "2"]
+    text = command("compare", "digits", *flags, "--print_config").out
+    Path("printed.yaml").write_text(text)
+    assert command("compare", "--config=printed.yaml", "--print_config").out == text
+    config = yaml.safe_load(text)
+    assert (config["rates"], config["equal_time"], config["craig"]["reselect"]) == (flags[1:3], False, 3)
 
 
 def test_flags_override_the_file(command: Command) -> None:
@@ -253,16 +323,143 @@ def test_a_preset_in_a_file_is_heeded(command: Command) -> None:
 # Output, stopping, going on ----------------------------------------------------------------------------------
 
 
-def test_a_comparison_ends_with_table_and_picture(command: Command) -> None:
-    result = command("compare", "npz:blobs.npz", *QUICK, "--methods", "full", "random", "crest", "--seeds", "0", "1")
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_comparison_ends_with_table_verdicts_and_picture(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = ["compare", "npz:blobs.npz", *QUICK, "--methods", "full", "random", "crest", "--seeds", "0", "1"]
+    start += ["--rates", "crest=0.02", "random=0.2", "--track", "tensorboard"]
+    result = command(*start, "--processes=2", "--equal_time=false")
     assert (result.status, result.err) == (0, "")
-    rows = [line.split() for line in result.out.splitlines()]
-    assert [row[0] for row in rows if row and row[0] in ("full", "random", "crest")] == ["full", "random", "crest"]
-    assert "nan" not in result.out
-    assert "…" not in result.out
-    (picture,) = re.findall(r"^Picture: (.*)$", result.out, re.MULTILINE)
-    assert picture == "runs/blobs/compare/comparison.png"
-    assert Path(picture).exists()
+    names = [f"{name}-s{seed}" for name in ("full", "random-0.5", "crest-0.5") for seed in (0, 1)]
+    assert {line.partition(":")[0] for line in result.out.splitlines() if ": step" in line} == set(names)
+    monkeypatch.setattr(comparing, "budgets_wanted", lambda _: [0.75])
+    result = command(*start)
+    assert (result.status, result.err) == (0, "")
+    *_, first, second = names = [*names, "random-0.75-s0", "random-0.75-s1"]
+    lines = result.out.splitlines()
+    assert {line.partition(":")[0] for line in lines if ": step" in line} == {first, second}, "only what was missing"
+    assert re.findall(r"^(\w+(?: 0\.\d+)?) +2 +\d+\.\d\d ± ", result.out, re.MULTILINE) == [
+        *("full", "random 0.5", "crest 0.5", "random 0.75")
+    ]
+    assert not re.search("nan|…", result.out)
+    folder = Path("runs/blobs/compare")
+    runs = [RunFiles(folder / name) for name in names]
+    summaries = [run.read_summary() for run in runs]
+    assert [summary["processes"] for summary in summaries] == [2] * 6 + [1] * 2
+    usual, *_ = rates = [run.read_config()["learning_rate"] for run in runs]
+    assert rates == [usual, usual, 0.2, 0.2, 0.02, 0.02, 0.2, 0.2]
+    assert usual not in (0.2, 0.02)
+    assert all((run.folder / "tensorboard").is_dir() for run in runs)
+    ending = [
+        "",
+        *(verdict.sentence for verdict in judge(summaries)),
+        FEW_SEEDS,
+        "Seconds are not alike: runs were made 1 and 2 at a time.",
+        "Run as well, to meet others at equal time: random 0.75.",
+        "",
+        f"Picture: {folder}/comparison.png",
+        f"A page of it: torchcrest report {folder}",
+    ]
+    assert lines[-len(ending) :] == ending
+    assert (folder / "comparison.png").exists()
+
+
+def test_a_method_that_fails_does_not_lose_the_others(command: Command) -> None:
+    start = ["compare", "npz:blobs.npz", *QUICK, "--methods", "random", "crest", "--seeds", "0", "1"]
+    start += ["--rates", "random=1e30", "--out=out"]
+    for first in (True, False):
+        result = command(*start)
+        assert result.status == 2
+        assert re.match(
+            r"error: 2 of 4 runs failed, the others are finished\.\nrandom-0\.5-s0: The training", result.err
+        )
+        assert re.search(
+            r"\nrandom-0\.5-s1: The .*\nThe same command tries them again\..* lower learning_rate", result.err
+        )
+        assert re.search(r"^crest 0\.5 +2 ", result.out, re.MULTILINE)
+        assert "\ncrest 0.5 has no random data to be compared with" in result.out
+        assert ("crest-0.5-s1: step 10/10" in result.out) == first, "it goes on with what has failed"
+        assert "random-0.5-s1: step 10/10" not in result.out
+        assert "Picture: out/comparison.png" in result.out
+    start[-2:] = ["random=1e30", "crest=1e30", "--out=all"]
+    result = command(*start)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("error: 4 of 4 runs failed")
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_trackers_and_energy_are_passed_on(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    given: dict[str, Any] = {}
+
+    def noted(*args: Any, **kw: Any) -> None:
+        given.update(kw)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, name, noted)
+    assert command(name, *BLOBS[1:], "--track", "tensorboard", "wandb", "--energy").status == 130
+    assert (given["trackers"], given["energy"]) == (["tensorboard", "wandb"], True)
+    command(name, *BLOBS[1:])
+    assert (given["trackers"], given["energy"]) == ([], False)
+
+
+def test_sentences_are_whole_but_on_a_terminal_that_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "crest [0.1] is level-headed: " + "and so on, " * 30 + "at last"
+    shown = []
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), width=60, force_terminal=terminal, color_system=None)
+        cli._print_sentences([sentence, "Short."], console)
+        shown.append(console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    assert shown[0] == ["", sentence, "Short."]
+    assert max(map(len, shown[1])) <= 60
+    assert [line[:2] for line in shown[1]] == ["", "cr", *["  "] * (len(shown[1]) - 3), "Sh"]
+    assert " ".join(line.strip() for line in shown[1][1:-1]) == sentence
+
+
+def test_a_report_is_a_page_or_a_table(command: Command) -> None:
+    for method in ("random", "crest"):
+        assert command(*BLOBS, f"--method={method}", f"--out=my [bold] runs/{method}").status == 0
+    folder = Path("my [bold] runs")
+    before = contents(folder)
+    for format in ("md", "csv", "json"):
+        expected = table(folder, format)
+        assert command("report", folder, "--format", format) == (0, expected, "")
+        assert command("report", folder, "--format", format, "--out=new/table") == (0, "Table: new/table\n", "")
+        assert Path("new/table").read_text() == expected
+    assert command("report", folder, "--out=page.html", "--targets", "0.2", "0.3") == (0, "Report: page.html\n", "")
+    assert "20.0 %" in Path("page.html").read_text()
+    assert contents(folder) == before
+    assert command("report", folder) == (0, f"Report: {folder}/report.html\n", "")
+    assert contents(folder) == before | {folder / "report.html": (folder / "report.html").read_bytes()}
+    assert command("report", "--help").status == 0
+    for out in (folder, Path("file/table")):
+        for format in ("html", "csv"):
+            result = command("report", folder, "--format", format, "--out", out)
+            assert (result.status, result.err.count("\n")) == (2, 1)
+            assert f"out must be a file in a folder, got '{out}'" in result.err
+
+
+def test_what_cannot_be_reported_is_named_and_left_as_it_is(command: Command, folder: Path) -> None:
+    def refused(message: str) -> None:
+        before = contents(folder)
+        for format in ("html", "json"):
+            result = command("report", "runs", "--format", format)
+            assert (result.status, result.out) == (2, "")
+            assert re.fullmatch(f"error: {message}.*\n", result.err), result.err
+        assert contents(folder) == before
+
+    Path("other.npz").write_bytes(Path("blobs.npz").read_bytes())
+    assert command(*BLOBS, "--method=random", "--out=runs/one").status == 0
+    assert command("train", "npz:other.npz", *QUICK, "--method=full", "--out=runs/two").status == 0
+    refused("task must be the same in all runs, got \"'npz:other.npz' in two; 'npz:blobs.npz' in one\"")
+    Path("runs/two/metrics.jsonl").write_text('{"event": "evalu')
+    refused(r"runs/two/metrics\.jsonl must end with an evaluation at step 20, got 'none'")
+    Path("runs/two/summary.json").write_text('{"task": "npz:oth')
+    refused(r"runs/two/summary\.json must hold a finished run's figures")
+    for name in ("one", "two"):
+        Path(f"runs/{name}/summary.json").unlink()
+    refused("runs must hold finished runs, got 'only begun ones: one, two'")
 
 
 def test_warnings_are_a_line_on_stderr(command: Command) -> None:
@@ -273,10 +470,13 @@ def test_warnings_are_a_line_on_stderr(command: Command) -> None:
     assert re.fullmatch(r"warning: batch_size = 2 is smaller than the number of classes.*\n", result.err)
 
 
-TWO = ["compare", *BLOBS[1:], "--methods", "random", "crest"]
+TWO = ["compare", *BLOBS[1:], "--methods", "random", "crest", "--equal_time=false"]
+GLISTER = [*BLOBS, "--method=glister", "--glister.rounds=3"]
 
 
-@pytest.mark.parametrize("start", [BLOBS, [*BLOBS, "--resume"], TWO], ids=["train", "resume", "compare"])
+@pytest.mark.parametrize(
+    "start", [BLOBS, [*BLOBS, "--resume"], GLISTER, TWO], ids=["train", "resume", "glister", "compare"]
+)
 def test_the_command_to_go_on_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
     out = "my [bold] 'run'"
     stops = iter(step == 7 for step in range(1, 100))
@@ -321,13 +521,13 @@ def test_ctrl_c_and_the_printed_command_in_a_real_shell(folder: Path, command: C
         assert process.stdout
         assert "step 10/500" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, "")
     files = RunFiles(folder / "my run")
     assert f"Stopped after step {files.read_checkpoint()['step']} of 500" in out
     assert not files.finished()
     (line,) = re.findall(r"^Go on with: (.*)$", out, re.MULTILINE)
-    again = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    again = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert (again.returncode, again.stderr) == (0, "")
     assert "step 10/500" not in again.stdout, "it goes on, it doesn't begin anew"
     assert json.loads(files.summary.read_text())["steps"] == 500

@@ -13,9 +13,9 @@ from torchcrest.errors import ConfigError, DataError
 from torchcrest.train.collect import Collected, collect
 from torchcrest.train.files import RunFiles
 
-CONFIG: dict[str, Any] = {"task": "digits", "learning_rate": 0.1, "evaluations": 2, "num_workers": 0, "device": "cpu"}
+CONFIG: dict[str, Any] = {"task": "digits", "model": "mlp", "learning_rate": 0.1, "num_workers": 0, "device": "cpu"}
 SUMMARY: dict[str, Any] = {"task": "digits", "accuracy": 0.5, "steps": 20, "full_steps": 200, "device": "cpu, x86_64"}
-SUMMARY |= dict.fromkeys(("examples_trained", "examples_forwarded", "regions"), 320)
+SUMMARY |= dict.fromkeys(("examples", "examples_trained", "examples_forwarded", "regions"), 320)
 SUMMARY |= dict.fromkeys(("seconds", "seconds_selecting", "seconds_checking", "seconds_curvature"), 1.5)
 EVALUATIONS = [
     {"event": "evaluation", "step": step, "seconds": 0.5, "accuracy": 0.5, "examples_trained": 160} for step in (10, 20)
@@ -73,7 +73,8 @@ def test_collects_a_single_run(folder: Path) -> None:
 
 
 def test_runs_may_differ_in_speed_and_methods_in_their_own_settings(folder: Path) -> None:
-    write(folder / "other", method="truncated", device="cuda", num_workers=4, crest={"tolerance": 0.2})
+    free: dict[str, Any] = {"device": "cuda", "num_workers": 4, "learning_rate": 0.3}
+    write(folder / "other", method="infobatch", infobatch={"prune": 0.2}, **free)
     assert len(collect(folder).runs) == 5
 
 
@@ -105,6 +106,16 @@ def lose(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "crest-0.1-s2" / name).unlink()
 
 
+def unset(name: str) -> Callable[[Path], None]:
+    """Take a setting out of config.yaml."""
+
+    def apply(folder: Path) -> None:
+        files = RunFiles(folder / "crest-0.1-s2")
+        files.write_config({key: value for key, value in files.read_config().items() if key != name})
+
+    return apply
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a summary": (cut("summary.json"), r"summary\.json must hold a finished run's figures"),
     "half of the metrics": (
@@ -117,6 +128,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "crest-0.1-s2" / "config.yaml").write_text("- a list"),
         r"config\.yaml must hold a run's settings",
     ),
+    "no learning rate": (unset("learning_rate"), r"learning_rate in .*config\.yaml must be a number, got None"),
+    "no model": (unset("model"), r"model in .*config\.yaml must be text, got None"),
+    "no settings of its method": (unset("crest"), r"crest in .*config\.yaml must hold the method's settings, got None"),
     "no lines": (
         lambda folder: (folder / "crest-0.1-s2" / "metrics.jsonl").write_text(""),
         r"metrics\.jsonl must end with an evaluation at step 20, got 'none'",
@@ -129,6 +143,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "seed true": (spoil("summary.json", lambda s: s.update(seed=True)), "seed in .* must be a number, got True"),
     "steps in words": (spoil("summary.json", lambda s: s.update(steps="20")), "steps in .* must be a number, got '20'"),
     "task a number": (spoil("summary.json", lambda s: s.update(task=3)), "task in .* must be text, got 3"),
+    "no examples": (spoil("summary.json", lambda s: s.pop("examples")), "examples in .* must be a number, got None"),
     "no device": (spoil("summary.json", lambda s: s.pop("device")), "device in .* must be text, got None"),
     "unknown method": (spoil("summary.json", lambda s: s.update(method="best")), "method in .* must be one of .*newer"),
     "an evaluation's accuracy": (
@@ -163,6 +178,13 @@ def test_other_settings_are_named_with_their_runs(folder: Path) -> None:
         "Report them apart: give each comparison its own --out.",
     ]
     assert contents(folder) == before
+
+
+def test_the_runs_of_a_method_have_one_learning_rate(folder: Path) -> None:
+    write(folder / "crest-0.2-s0", budget=0.2, learning_rate=0.3)
+    message = r"^learning_rate must be the same .*'0\.1 in crest-0\.1-s2, crest-0\.1-s10; 0\.3 in crest-0\.2-s0'[^\n]*$"
+    with pytest.raises(ConfigError, match=message):
+        collect(folder)
 
 
 def test_the_same_run_twice_is_refused(folder: Path) -> None:

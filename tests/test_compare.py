@@ -60,13 +60,36 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_plans_each_run_once_and_full_once_a_seed(settings: RunSettings) -> None:
     runs = plan(settings, ["full", "random", "crest", "random"], [0.1, 0.2], [0, 7])
     assert [run_name(run) for run in runs] == [
-        *("full-s0", "full-s7"),
-        *("random-0.1-s0", "random-0.1-s7", "random-0.2-s0", "random-0.2-s7"),
-        *("crest-0.1-s0", "crest-0.1-s7", "crest-0.2-s0", "crest-0.2-s7"),
+        *("full-s0", "random-0.1-s0", "random-0.2-s0", "crest-0.1-s0", "crest-0.2-s0"),
+        *("full-s7", "random-0.1-s7", "random-0.2-s7", "crest-0.1-s7", "crest-0.2-s7"),
     ]
     assert {run.budget for run in runs if run.method == "full"} == {1.0}
     assert {(run.method, run.budget, run.seed) for run in runs} >= {("crest", 0.2, 7)}
     assert {run.crest for run in runs} == {SMALL}
+
+
+def test_a_method_may_have_a_rate_of_its_own(settings: RunSettings) -> None:
+    runs = plan(
+        replace(settings, learning_rate=0.1), ["full", "random", "crest"], [0.1], [0], {"crest": 0.3, "full": 1}
+    )
+    assert {run.method: run.learning_rate for run in runs} == {"full": 1, "random": 0.1, "crest": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"crets": 0.1}, r"^rates must be of the methods that are run, got 'crets'\. Did you mean crest\?$"),
+        ({"full": 0.1}, "rates must be of the methods that are run, got 'full'. Known: random, crest"),
+        ({"crest": 0.0}, r"rates of crest must be above 0, got 0\.0"),
+        ({"crest": float("nan")}, "rates of crest must be above 0, got nan"),
+        ({"crest": float("inf")}, "rates of crest must be above 0, got inf"),
+        ({"random": -1.0, "full": 0.1}, r"(?s)rates of random must.*rates must be of"),
+    ],
+    ids=str,
+)
+def test_rates_that_cannot_work_are_refused(settings: RunSettings, rates: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(settings, ["random", "crest"], [0.1], [0], rates)
 
 
 def test_budgets_that_hardly_differ_are_different_runs(settings: RunSettings) -> None:
@@ -104,8 +127,8 @@ def test_runs_what_is_missing(
     begun.clear()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     second = compare(all_of_them, tmp_path / "out", equal_time=False)
-    assert begun == ["full-s0", "full-s1", "crest-0.5-s0", "crest-0.5-s1"]
-    assert second[2:4] == first
+    assert begun == ["full-s0", "crest-0.5-s0", "full-s1", "crest-0.5-s1"]
+    assert [summary for summary in second if summary["method"] == "random"] == first
     assert [(s["method"], s["seed"]) for s in second] == [(run.method, run.seed) for run in all_of_them]
     begun.clear()
     assert compare(all_of_them, tmp_path / "out", equal_time=False) == second
@@ -166,12 +189,12 @@ def test_a_run_that_fails_does_not_lose_the_others(tmp_path: Path, settings: Run
     checkpoint = RunFiles(tmp_path / "crest-0.5-s0").checkpoint
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(b"damaged")
-    message = r"(?s)1 of 4 runs failed, the others are finished.*crest-0\.5-s0: .*must be a checkpoint.*learning_rate"
+    message = r"(?s)1 of 4 runs failed, the others are fin.*\.5-s0: .*must be a checkpoint.*\nThe same .* them again\.$"
     with pytest.raises(FailedRuns, match=message) as raised:
         compare(runs, tmp_path, processes=processes, equal_time=False)
     assert list(raised.value.failed) == ["crest-0.5-s0"]
     names = [f"{s['method']}-{s['budget']}-s{s['seed']}" for s in raised.value.summaries]
-    assert names == ["crest-0.5-s1", "random-0.5-s0", "random-0.5-s1"]
+    assert names == ["random-0.5-s0", "crest-0.5-s1", "random-0.5-s1"]
     assert collect(tmp_path).unfinished == ["crest-0.5-s0"]
     checkpoint.write_bytes(whole)
     assert compare(runs, tmp_path, equal_time=False)[1:] == raised.value.summaries
@@ -207,12 +230,16 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_random_is_run_at_equal_time(tmp_path: Path, settings: RunSettings, timed: list[str]) -> None:
-    """10 of 20 steps at 1.8 seconds are 18 steps of random."""
-    runs = plan(settings, ["random", "crest"], [0.5], [3, 1])
+    """10 of 20 steps at 1.8 seconds are 18 steps of random, at its own rate."""
+    runs = plan(settings, ["random", "crest"], [0.5], [3, 1], {"random": 0.2})
     planned = [run_name(run) for run in runs]
     summaries = compare(runs, tmp_path)
     assert timed == [*planned, "random-0.9-s3", "random-0.9-s1"]
     assert [(s["method"], s["steps"], s["seed"]) for s in summaries[4:]] == [("random", 18, 3), ("random", 18, 1)]
+    rates = {
+        path.parent.name: RunFiles(path.parent).read_config()["learning_rate"] for path in tmp_path.glob("*/*.yaml")
+    }
+    assert {name for name, rate in rates.items() if rate == 0.2} == {name for name in rates if "random" in name}
     timed.clear()
     assert compare(runs, tmp_path) == summaries
     assert timed == []
@@ -370,7 +397,7 @@ def test_processes_end_with_the_comparison(tmp_path: Path, settings: RunSettings
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)  # ends when the last process lets go of the pipes
+        out, err = process.communicate(timeout=300)  # ends when the last process lets go of the pipes
     if how != "killed":
         assert (err, process.returncode) == ("", 0)
         step = int(re.findall(r"stopped after (\d+)", out)[0])

@@ -207,10 +207,10 @@ def interrupt(settings: RunSettings, folder: Path, steps: int) -> None:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """Return the model, and all that the files say, but for the seconds."""
+    """Return the model, and all that the files say, but for the seconds and the memory."""
     files = RunFiles(folder)
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in files.read_metrics()]
-    summary = {k: v for k, v in files.read_summary().items() if "seconds" not in k}
+    summary = {k: v for k, v in files.read_summary().items() if "seconds" not in k and k != "peak_memory"}
     return files.read_checkpoint()["model"], lines, summary
 
 

@@ -222,6 +222,21 @@ def test_what_new_runs_measure_is_shown_where_it_is_there(only: Callable[..., Pa
     assert "1 and 3 at a time" in page.text
 
 
+def test_the_page_says_whose_learning_rate_is_whose(only: Callable[..., Path]) -> None:
+    folder = only("crest-0.5-s0", "random-0.5-s0")
+    files = RunFiles(folder / "crest-0.5-s0")
+    config = files.read_config()
+    text = page_of(folder)[1].text
+    assert f"this comparison used one, {config['learning_rate']:g}, for all" in text
+    assert "--rates" not in text
+    files.write_config({**config, "learning_rate": 0.3})
+    text = page_of(folder)[1].text
+    assert "this comparison used the ones below" in text
+    assert "--rates crest=0.3" in text
+    assert re.search(rf"random\s+learning_rate\s*{config['learning_rate']}\b", text)
+    assert re.search(r"crest\s[\w\s.]*learning_rate\s*0\.3\b", text)
+
+
 @pytest.mark.parametrize("rhos", [[], [0.0, math.inf, math.nan, 0.5], [k % 7 / 70 for k in range(5000)]])
 def test_any_number_of_checks_can_be_drawn(runs: Path, rhos: list[float]) -> None:
     (run, *_) = (run for run in collect(runs).runs if run.summary["method"] == "crest")
@@ -361,9 +376,14 @@ def test_commands_say_all_settings(settings: RunSettings, changes: dict[str, Any
             assert type(dict(flat(prepare(again)[1].to_dict()))[name]) is type(value)
 
 
-def test_the_command_of_all_plans_all_runs(runs: Path) -> None:
+@pytest.mark.parametrize("rates", [{}, {"crest": 0.3, "glister": 1e-05}, {"full": 2.0}], ids=str)
+def test_the_command_of_all_plans_all_runs(runs: Path, rates: dict[str, float]) -> None:
     found = [run for run in collect(runs).runs if run.config["budget"] != 0.75]
-    args = cli._parse(shlex.split(compare_command(found, "again"))[1:]).compare
-    planned = plan(cli._settings(args), args.methods, args.budget, args.seeds)
-    assert [run_name(run) for run in planned] == [run.name for run in found]
-    assert [prepare(run)[1].to_dict() for run in planned] == [run.config for run in found]
+    usual = found[0].config["learning_rate"]
+    own = [{**run.config, "learning_rate": rates.get(run.config["method"], usual)} for run in found]
+    found = [replace(run, config=config) for run, config in zip(found, own, strict=True)]
+    command = compare_command(found, "again")
+    assert ("--rates" in command) == bool(rates)
+    args = cli._parse(shlex.split(command)[1:]).compare
+    planned = plan(cli._settings(args), args.methods, args.budget, args.seeds, cli._rates(args.rates))
+    assert {run_name(run): prepare(run)[1].to_dict() for run in planned} == {run.name: run.config for run in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import textwrap
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -29,11 +30,16 @@ from torchcrest.train.methods import CONFIGS, METHODS
 from torchcrest.train.plot import plot
 from torchcrest.train.run import Interrupted, train
 from torchcrest.train.settings import SHARED, RunSettings
-from torchcrest.train.verdict import judge, notes
+from torchcrest.train.verdict import judge, label, notes
 
 __all__ = ["main"]
 
-COMMANDS = ("train", "compare", "report", "select")
+COMMANDS = {
+    "train": "train one model with one method",
+    "compare": "run several methods and print the table",
+    "report": "write a comparison's page, or print its table",
+    "select": "pick one coreset of raw features",
+}
 TASK = "digits, mnist1d, or npz:PATH with arrays x_train, y_train, x_test, y_test"
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "Path": "a path"}
 
@@ -112,9 +118,12 @@ def _compare(args: Namespace, console: Console) -> None:
         raise failed
     _print_table(args.task, summaries, console)
     verdicts = judge(summaries)
-    console.print()
-    for line in [*(verdict.sentence for verdict in verdicts), *notes(summaries, verdicts)]:
-        console.print(_plain(line), highlight=False)
+    sentences = [*(verdict.sentence for verdict in verdicts), *notes(summaries, verdicts)]
+    planned = {(run.method, run.budget) for run in runs}
+    added = [(cell.method, cell.budget) for cell in cells(summaries) if (cell.method, cell.budget) not in planned]
+    if added:
+        sentences.append(f"Run as well, to meet others at equal time: {', '.join(label(*cell) for cell in added)}.")
+    _print_sentences(sentences, console)
     done = {(summary["method"], summary["budget"], summary["seed"]) for summary in summaries}
     drawn = [run for run in runs if (run.method, run.budget, run.seed) in done]
     try:
@@ -172,25 +181,39 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         want = f"be one of {', '.join(COMMANDS)}"
         raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], COMMANDS)))
     try:
-        first = _parser({}).parse_args([word for word in arguments if not word.startswith("--print_config")])
+        first = _parser(_commands({})).parse_args([word for word in arguments if not word.startswith("--print_config")])
         name = first[first.subcommand].get("preset")
         if name is not None:
             CrestConfig.preset(name)
-        return _parser(PRESETS[name] if name else {}).parse_args(list(arguments))
-    except (ArgumentError, UnicodeDecodeError, TypeError) as error:
+        commands = _commands(PRESETS[name] if name else {})
+        parsed = _parser(commands).parse_args(list(arguments))
+    except (ArgumentError, UnicodeDecodeError, TypeError, RuntimeError) as error:
         raise ConfigError(_explain(str(error), arguments)) from error
+    # The parser takes null, in a file, for anything; the settings inside others refuse it themselves.
+    defaults = commands[parsed.subcommand].get_defaults()
+    empty = [name for name, value in parsed[parsed.subcommand].items() if value is None and "." not in name]
+    if problems := [must(name, "have a value", None, "Leave it out.") for name in empty if defaults[name] is not None]:
+        raise ConfigError(problems)
+    return parsed
 
 
-def _parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
-    """Return the parser; a preset's settings are the defaults of --crest."""
+def _parser(commands: dict[str, ArgumentParser]) -> ArgumentParser:
     parser = _new("Train on mini-batch coresets (CREST), and see whether it pays.", prog="torchcrest")
     parser.add_argument("--version", action="version", version=f"torchcrest {torchcrest.__version__}")
-    commands = parser.add_subcommands()
-    commands.add_subcommand("train", _train_parser(crest_defaults), help="train one model with one method")
-    commands.add_subcommand("compare", _compare_parser(crest_defaults), help="run several methods and print the table")
-    commands.add_subcommand("report", _report_parser(), help="write a comparison's page, or print its table")
-    commands.add_subcommand("select", _select_parser(), help="pick one coreset of raw features")
+    subcommands = parser.add_subcommands()
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command, help=COMMANDS[name])
     return parser
+
+
+def _commands(crest_defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
+    """Return a parser for each command; a preset's settings are the defaults of --crest."""
+    return {
+        "train": _train_parser(crest_defaults),
+        "compare": _compare_parser(crest_defaults),
+        "report": _report_parser(),
+        "select": _select_parser(),
+    }
 
 
 def _train_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
@@ -277,8 +300,11 @@ def _without_markup(parser: ArgumentParser) -> ArgumentParser:
 
 def _explain(message: str, arguments: Sequence[str]) -> str:
     """Put the parser's words into ours."""
-    if found := re.search(r'Parser key "([\w.]+)".*?Expected an? (.+?)\. Got value: (.*)', message, re.DOTALL):
-        name, kind, got = found.groups()
+    parsers = _commands({})
+    actions = parsers.get(arguments[0] if arguments else "train", parsers["train"])._actions
+    pattern = r'Parser key "([\w.]+)".*?(?:Expected an? ([^\n]+?)\. Got|Subtypes: ([^\n]+).*\n *Given) value: (.*)'
+    if found := re.search(pattern, message, re.DOTALL):
+        name, kind, got = found[1], found[2] or found[3], found[4]
         choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
         if choices:
             return must(name, f"be one of {', '.join(choices)}", got, suggest(got, choices))
@@ -286,18 +312,13 @@ def _explain(message: str, arguments: Sequence[str]) -> str:
         return must(name, f"be {plain}", got, "See --help.")
     if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flag = found[1].partition("=")[0]
-        parsers: dict[str, ArgumentParser] = {
-            "train": _train_parser({}),
-            "compare": _compare_parser({}),
-            "report": _report_parser(),
-            "select": _select_parser(),
-        }
-        parser = parsers.get(arguments[0], parsers["train"])
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = [option for action in actions for option in action.option_strings]
         return must("flag", "be a known one", flag, suggest(flag, known) if flag.startswith("--") else "See --help.")
-    if re.search(r"not iterable|item assignment|does not accept (nested )?(option|key) '(method|seed)'", message):
-        do = "A single run's config.yaml is for torchcrest train --config."
-        return must("config", "hold methods, budget and seeds as lists", "single values", do)
+    lists = "not iterable|item assignment|changed size during|does not accept (nested )?(option|key) '(method|seed)'"
+    if re.search(lists, message):
+        names = [action.dest for action in actions if action.nargs in ("*", "+")]
+        do = "A list is like [0, 1]; a single run's config.yaml is for torchcrest train --config."
+        return must("config", f"hold {', '.join(names)} as lists", "something else", do)
     if "codec can't decode" in message:
         return must("config", "be a YAML file", "another kind of file", "See --print_config.")
     if found := re.search(r"required: (?:\w+\.)?(\w+)", message):
@@ -317,11 +338,13 @@ def _settings(args: Namespace, **chosen: Any) -> RunSettings:
     for name, config in CONFIGS.items():
         given = args[name].as_dict()
         if name == "crest":
-            given["batch_size"] = values["batch_size"] or 1  # the task's own is filled in later
+            methods = args.get("methods", [values.get("method")])
+            idle = METHODS.keys() - {name} >= set(methods)
+            given["batch_size"] = 1 if idle else max(1, values["batch_size"] or 1)  # the task's is filled in later
         try:
             configs[name] = config(**given)
         except ConfigError as error:
-            problems.append(str(error))
+            problems += [f"{name}.{problem}" for problem in str(error).splitlines()]
     try:
         settings = RunSettings(**values, **configs)
     except ConfigError as error:
@@ -336,6 +359,8 @@ def _rates(words: Sequence[str]) -> dict[str, float]:
     rates: dict[str, float] = {}
     for word in words:
         name, _, rate = word.partition("=")
+        if name in rates:
+            raise ConfigError(must("rates", f"name {name} once", " ".join(words), "Give each method one rate."))
         try:
             rates[name] = float(rate)
         except ValueError as error:
@@ -351,6 +376,14 @@ def _print_table(task: str, summaries: list[dict[str, Any]], console: Console) -
     console.print(LEGEND, style="dim", highlight=False)
 
 
+def _print_sentences(sentences: Sequence[str], console: Console) -> None:
+    """Print a sentence a line; on a terminal, what does not fit goes on below, indented."""
+    for line in ["", *sentences] if sentences else []:
+        if console.is_terminal:
+            line = textwrap.fill(line, console.width, subsequent_indent="  ", break_on_hyphens=False)
+        console.print(_plain(line), soft_wrap=True, highlight=False)
+
+
 def _folder(out: Path | None, task: str, name: str) -> Path:
     short = Path(task.removeprefix("npz:")).stem
     return out if out is not None else Path("runs") / short / name
@@ -358,7 +391,7 @@ def _folder(out: Path | None, task: str, name: str) -> Path:
 
 def _array(path: Path) -> Any:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # it may be larger than memory
         if not isinstance(array, np.ndarray):
             array.close()
             raise ValueError("an archive of several arrays")

@@ -45,13 +45,14 @@ def report(folder: Path, out: Path, targets: Sequence[float] | None = None) -> P
             file, or matplotlib is missing.
         DataError: a file of a run is damaged.
     """
+    collected = collect(folder)
     if out.is_dir() or blocked(out.parent):
         do = "There is a folder of that name, or a file where its folder should be: choose another --out."
         raise ConfigError(must("out", "be a file in a folder", str(out), do))
     for target in targets or ():
         if not 0 < target <= 1:
             raise ConfigError(must("targets", "be in (0, 1]", target, "0.95 asks when a method reaches 95 %."))
-    page = render(collect(folder), targets)
+    page = render(collected, targets)
     with replacing(out) as file:
         file.write(page.encode())
     return out
@@ -256,10 +257,13 @@ def _settings(runs: Sequence[Finished]) -> dict[str, list[tuple[str, str]]]:
         if str(value) not in values:
             values.append(str(value))
 
+    own_rates = len({run.config["learning_rate"] for run in runs}) > 1
     for run in runs:
         for name, value in flat(run.config):
             if name in ("method", "budget", "seed"):
                 continue
+            if name == "learning_rate" and own_rates:
+                name = f"{run.config['method']}.{name}"
             group, _, own = name.rpartition(".")
             note(group or "All runs", own, value)
     for run in runs:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from torchcrest.checks import suggest
-from torchcrest.errors import ConfigError, TorchcrestError, must
+from torchcrest.errors import ConfigError, NonFiniteLossError, TorchcrestError, must
 from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import find_method
 from torchcrest.train.run import Interrupted, Status, prepare, train
@@ -45,7 +45,7 @@ COLUMNS = [
 ]
 LEGEND = (
     "rel%: accuracy missing against full. train, fwd: examples trained on, measured.\n"
-    "sel%: share of the seconds spent selecting and checking. reg.: regions. MB: memory at its peak."
+    "sel%: share of seconds selecting and checking. reg.: regions. MB: peak memory."
 )
 
 Begin = Callable[[str], Callable[[Status], None]]
@@ -63,10 +63,11 @@ class FailedRuns(TorchcrestError):
         """Name all of them in one message."""
         self.failed, self.summaries = failed, summaries
         reasons = "".join(f"\n{name}: {error}" for name, error in failed.items())
+        diverged = any(isinstance(error, NonFiniteLossError) for error in failed.values())
+        do = " A loss will be NaN or infinite again: use a lower learning_rate, or leave that method or seed out."
         super().__init__(
             f"{len(failed)} of {len(failed) + len(summaries)} runs failed, the others are finished.{reasons}\n"
-            "The same command tries them again. A loss that is NaN or infinite will be so again: use a lower "
-            "learning_rate, or leave that method or seed out."
+            f"The same command tries them again.{do if diverged else ''}"
         )
 
 
@@ -88,7 +89,7 @@ def plan(
     seeds: Sequence[int],
     rates: Mapping[str, float] | None = None,
 ) -> list[RunSettings]:
-    """List the runs of a comparison, each once, methods that ignore the budget once a seed.
+    """List the runs of a comparison, seed by seed, each once, methods that ignore the budget once a seed.
 
     Args:
         settings: what the runs have in common.
@@ -124,9 +125,9 @@ def plan(
     if problems:
         raise ConfigError(problems)
     runs: dict[str, RunSettings] = {}
-    for method in methods:
-        for budget in budgets:
-            for seed in seeds:
+    for seed in seeds:  # outermost: a machine that grows slower or faster does so for all methods alike
+        for method in methods:
+            for budget in budgets:
                 share = 1.0 if find_method(method).whole else budget
                 run = replace(settings, method=method, budget=share, seed=seed)
                 if method in rates:
@@ -395,12 +396,12 @@ class Cell:
 def _short(count: float) -> str:
     """Write a count in three digits or so.
 
-    >>> [_short(n) for n in (0, 950, 120_064, 1_200_000)]
-    ['0', '950', '120k', '1.20M']
+    >>> [_short(n) for n in (0, 950, 1280, 120_064, 1_200_000)]
+    ['0', '950', '1.3k', '120k', '1.20M']
     """
     if count < 1000:
         return f"{count:.0f}"
-    return f"{count / 1e3:.0f}k" if count < 999_500 else f"{count / 1e6:.2f}M"
+    return f"{count / 1e3:.{int(count < 9950)}f}k" if count < 999_500 else f"{count / 1e6:.2f}M"
 
 
 def cells(summaries: Sequence[dict[str, Any]]) -> list[Cell]:
