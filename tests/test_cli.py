@@ -417,6 +417,20 @@ def test_sentences_are_whole_but_on_a_terminal_that_is_narrow(monkeypatch: pytes
     assert " ".join(line.strip() for line in shown[1][1:-1]) == sentence
 
 
+@pytest.mark.parametrize(("width", "shown"), [(30, 3), (64, 8), (80, 11)])
+def test_columns_that_do_not_fit_are_left_out(width: int, shown: int) -> None:
+    """Figures are never cut."""
+    run: dict[str, Any] = {"method": "infobatch", "budget": 0.1, "steps": 12674, "regions": 0, "accuracy": 0.95}
+    run |= {"examples_trained": 1_622_272, "examples_forwarded": 0, "seconds": 1187.2, "peak_memory": 20_622_272_000}
+    run |= dict.fromkeys(("seconds_selecting", "seconds_checking", "seconds_curvature"), 1.0)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    cli._print_table("a task", [run, {**run, "accuracy": 0.94}], console)
+    _, heading, _, row, *_ = (line.split() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    figures = ["infobatch 0.1", "2", "94.50 ± 0.71", "-", "12,674", "1.62M", "0", "1187.2 ± 0.0", "0", "0", "20,622"]
+    assert heading == " ".join(comparing.COLUMNS[:shown]).split()
+    assert row == " ".join(figures[:shown]).split()
+
+
 def test_a_report_is_a_page_or_a_table(command: Command) -> None:
     for method in ("random", "crest"):
         assert command(*BLOBS, f"--method={method}", f"--out=my [bold] runs/{method}").status == 0

@@ -348,3 +348,14 @@ def test_lists_all_problems_at_once() -> None:
         RunSettings(task="digits", method="x", budget=2, epochs=-1, warmup=1, evaluations=0)
     named = [line.split()[0] for line in str(error.value).splitlines()]
     assert named == ["method", "budget", "evaluations", "epochs", "warmup"]
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "left"), [("craig", 0.03, 400), ("gradmatch", 0.03, 400), ("glister", 0.04, 360)]
+)
+def test_a_budget_too_small_for_a_subset_is_refused_first(
+    tmp_path: Path, blobs_file: str, method: str, budget: float, left: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"budget must give {method} at least batch_size = 16 of {left} examples"):
+        train(settings(blobs_file, method=method, budget=budget), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

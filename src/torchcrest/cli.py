@@ -10,6 +10,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +373,11 @@ def _rates(words: Sequence[str]) -> dict[str, float]:
 
 
 def _print_table(task: str, summaries: list[dict[str, Any]], console: Console) -> None:
-    console.print(render(_plain(task), COLUMNS, [cell.row() for cell in cells(summaries)]))
+    rows = [cell.row() for cell in cells(summaries)]
+    widths = [max(map(len, column)) + 1 for column in zip(COLUMNS, *rows, strict=True)]
+    # Half a figure is a wrong one: the last columns are left out where the terminal is too narrow.
+    fitting = max(1, sum(end - 1 <= console.width for end in accumulate(widths)))
+    console.print(render(_plain(task), COLUMNS[:fitting], [row[:fitting] for row in rows]))
     console.print(LEGEND, style="dim", highlight=False)
 
 

@@ -133,6 +133,11 @@ class RunSettings:
         fitted: dict[str, Any] = {"batch_size": batch_size}
         if isinstance(own, SubsetConfig):
             fitted["subset"] = self.budget
+            held = own.validation if isinstance(own, GlisterConfig) else 0
+            left = examples - (held if isinstance(held, int) else round(held * examples))
+            if round(self.budget * left) < batch_size:
+                want = f"give {self.method} at least batch_size = {batch_size} of {left} examples to train on"
+                raise ConfigError(must("budget", want, self.budget, "Raise it, or use a smaller batch_size."))
         changed: dict[str, Any] = {} if own is None else {self.method: replace(own, **fitted)}
         return replace(
             self,
