@@ -39,7 +39,7 @@ class GradMatch(SubsetLoader[GradMatchConfig]):
 
     Orthogonal matching pursuit with non-negative weights, class by class. Where the gradients are matched
     with fewer examples than were asked for, random ones that stand for themselves alone (weight 1) fill
-    the class's share, as in the authors' code.
+    the class's share, as in the authors' code. It solves in float64, which MPS has not.
 
     Takes the arguments of :class:`torchcrest.Crest`, with settings of its own, and raises the same errors.
     """
