@@ -2,8 +2,8 @@
 
 Quality is what facility location minimises, the mean distance to the nearest pick. ``random`` picks at random;
 ``sample`` is the simple way to save time, solving 20,000 random examples whole. Features are a mixture of 100
-Gaussians of very different sizes and widths in 64 dimensions, float32. Each run has a process of its own; its
-peak is what was resident above what was before, features included.
+Gaussians of very different sizes and widths in 64 dimensions, float32. Each run has a process of its own;
+memory is its peak while selecting above what was resident just before, so the features do not count.
 
     OMP_NUM_THREADS=1 python benchmarks/coreset.py --out benchmarks/coreset.jsonl
 """

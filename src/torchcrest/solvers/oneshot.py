@@ -64,9 +64,9 @@ def coreset(
     A class of up to 20,000 examples (without labels: all of them) is solved whole, in time n^2. For a larger
     one 16 random parts of 4,096 are solved, each for the full size, and 65,536 random examples decide between
     the picks (GreeDi: Mirzasoleiman, Karbasi, Sarkar and Krause, 2013). That keeps nine tenths or more of what
-    selection gains over random picks, in under 500 MB beside the features (a million of 64 numbers each, float32); only
-    the weights' time, n times the size, grows with n. A size above that of a part is shared among random groups
-    of examples, each solved by itself: about half of the gain is kept.
+    selection gains over random picks, and takes under 500 MB beside the features (a million of 64 numbers,
+    float32); only the weights' time, n times the size, grows with n. A size above that of a part is shared among
+    random groups of examples, each solved by itself: about half of the gain is kept.
 
     Args:
         features: ``[n, d]`` array or tensor, real and finite. It is read by blocks of rows, never copied whole,
