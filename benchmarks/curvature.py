@@ -24,7 +24,7 @@ import torchcrest
 from torchcrest.active import Draws, stream
 from torchcrest.config import Curvature
 from torchcrest.feed import Feed, Reading
-from torchcrest.measure import Meter
+from torchcrest.measure import How, Meter
 from torchcrest.objectives import Classification
 from torchcrest.quadratic import QuadraticModel, relative_error
 from torchcrest.solvers import medoids, weigh
@@ -43,7 +43,7 @@ def run(task_name: str, seed: int, steps: int, pool_size: int) -> list[dict[str,
     task = load(task_name)
     size = task.batch_size
     model = build(task.model, task.shape, task.classes, seed)
-    meter = Meter(model, Classification(), "eval", whole_layer=False, last_layer=None)
+    meter = Meter(model, Classification(), How())
     everyone = torch.ones(len(task.train), dtype=torch.bool)
     feed = Feed(task.train, Draws(everyone, seed), pool_size, Reading(collate_fn=Examples.collate), seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=task.weight_decay)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -31,7 +32,7 @@ from torchcrest import (
     WeightedBatch,
 )
 from torchcrest.config import MeasureMode
-from torchcrest.measure import Meter
+from torchcrest.measure import How, Meter
 from torchcrest.passes import Passes
 from torchcrest.types import Coreset, Pool
 
@@ -45,6 +46,7 @@ hypothesis.settings.load_profile("untimed")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 # Regions of a few steps, checks that pass and checks that fail, coresets left over, examples that are set aside.
+# No bound, and coresets used until the region ends, as in the paper.
 SMALL = CrestConfig(
     batch_size=16,
     pool_size=48,
@@ -53,7 +55,12 @@ SMALL = CrestConfig(
     coresets_per_step=1.5,
     learned_loss=0.3,
     learned_interval=7,
+    max_overhead=None,
+    overhead_in="counted",
+    renew=None,
 )
+# A bound that pays for some of the coresets only, and random batches between them; two to a pool, and some over.
+BOUNDED = replace(SMALL, max_overhead=0.9, renew=4, pool_size=40, interval_scale=6, forward_cost=0.5)
 
 
 class Blobs(Dataset[Batch]):
@@ -105,6 +112,28 @@ def make_crest(model: nn.Module, dataset: Any, *, config: CrestConfig = SMALL, s
     return Crest(model, dataset, config, steps=steps, **kw)
 
 
+def make_bounded(model: nn.Module, dataset: Any, *, config: CrestConfig = BOUNDED, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` that cannot pay for a coreset in each step."""
+    return Crest(model, dataset, config, steps=steps, **kw)
+
+
+def make_reusing(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` that can pay for few coresets and uses them again."""
+    return make_bounded(model, dataset, config=replace(BOUNDED, renew=None), steps=steps, **kw)
+
+
+def make_history(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` that goes by what it knows of an example."""
+    config = replace(BOUNDED, proxy_source="history", history_age=9)
+    return make_bounded(model, dataset, config=config, steps=steps, **kw)
+
+
+def make_apprentice(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` that measures a small model."""
+    config = replace(BOUNDED, proxy_source="model")
+    return make_bounded(model, dataset, config=config, steps=steps, proxy_model=make_net(1, dropout=0.5), **kw)
+
+
 def make_random(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> RandomBatches:
     """Build `RandomBatches` of the same size."""
     return RandomBatches(model, dataset, SMALL.batch_size, steps=steps, **kw)
@@ -135,7 +164,8 @@ def make_infobatch(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any
 
 
 MakeLoader = Callable[..., Passes]
-LOADERS = [make_crest, make_random, make_craig, make_gradmatch, make_glister, make_infobatch]
+CRESTS = [make_crest, make_bounded, make_reusing, make_history, make_apprentice]
+LOADERS = [*CRESTS, make_random, make_craig, make_gradmatch, make_glister, make_infobatch]
 
 
 @pytest.fixture(params=LOADERS, ids=lambda make: make.__name__.removeprefix("make_"))
@@ -155,9 +185,10 @@ def train_step(
 ) -> None:
     """Take the step of the README's loop; the loader may observe the losses."""
     *inputs, y = batch.data
-    losses = F.cross_entropy(model(*inputs), y, reduction="none")
+    outputs = model(*inputs)
+    losses = F.cross_entropy(outputs, y, reduction="none")
     if loader is not None:
-        loader.observe(losses)
+        loader.observe(losses, outputs)
     (losses * batch.weights).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -226,7 +257,7 @@ def meter_of(
     last_layer: nn.Linear | None = None,
 ) -> Meter:
     """Build a meter, by default one that measures classification in evaluation mode."""
-    return Meter(model, objective or Classification(), mode, whole_layer=whole_layer, last_layer=last_layer)
+    return Meter(model, objective or Classification(), How(mode), whole_layer=whole_layer, last_layer=last_layer)
 
 
 def batch(blobs: Blobs, rows: int = R) -> tuple[Tensor, Tensor]:

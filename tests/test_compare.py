@@ -464,7 +464,7 @@ def test_without_full_runs_there_is_no_relative_error() -> None:
 
 def test_bar_and_table_fit_into_100_columns() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True, force_interactive=True)
-    status = Status(227, 12674, 0.165, 0.9528, True, 114, 19, 0.36, 1.07, 87.2)
+    status = Status(227, 12674, 0.165, 0.9528, True, 114, 19, 0.36, 1.07, 1280.4, 87.2)
     with Watcher(console) as watcher:
         watcher.begin("crest-0.1-s0")(status)
     spent = dict.fromkeys(("seconds_selecting", "seconds_checking", "seconds_curvature"), 1.0)

@@ -8,12 +8,15 @@ from typing import Any, Literal, get_args, get_type_hints
 from torchcrest.checks import Checks, suggest
 from torchcrest.errors import ConfigError, must
 
-__all__ = ["PRESETS", "CrestConfig"]
+__all__ = ["PRESETS", "CrestConfig", "steps_of"]
 
 Curvature = Literal["rms", "signed", "unsmoothed", "first_order"]
 Check = Literal["paired", "none"]
 Proxy = Literal["outputs", "last_layer"]
 MeasureMode = Literal["eval", "batch_statistics"]
+MeasureDtype = Literal["model", "float32", "bfloat16", "float16"]
+ProxySource = Literal["forward", "history", "model", "resolution"]
+OverheadIn = Literal["seconds", "counted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,30 @@ class CrestConfig:
             the whole last linear layer.
         measure_mode: ``eval`` measures in evaluation mode; ``batch_statistics`` lets batch normalisation
             that is in training mode use the pool's statistics. Buffers are left alone in both.
+        measure_dtype: what pools and check sets are forwarded in, through ``torch.autocast``: ``bfloat16`` or
+            ``float16``, ``float32`` even where training is not, or what the ``model`` would be called in
+            where a batch is asked for.
+        channels_last: forward images of pools and check sets with the channels last, which is faster on most
+            devices. A model that calls ``view`` on images or feature maps refuses them; it needs ``reshape``.
+        measured_together: examples in a forward pass of measuring; None: ``batch_size`` on a CPU, where more
+            would leave the cache, and a pool elsewhere.
+        max_overhead: most cost of selection, checks and curvature for each unit of training's own; None: no
+            bound. Coresets that it cannot pay for are left out: see ``renew``.
+        overhead_in: the unit of ``max_overhead``. ``seconds`` are measured as the run goes, so two runs may
+            select differently. ``counted`` is the same for every run: examples forwarded and differentiated.
+        forward_cost: counted cost of forwarding an example in a measurement; training on one is 1.
+        derivative_cost: counted cost of gradient and curvature of an example.
+        renew: steps after which coresets are picked anew inside a region. Each is then trained on once, and
+            steps for which none could be paid take a random batch. None: the region's coresets are
+            used again until it ends (the paper's), and the bound makes them fewer.
+        proxy_source: where proxy gradients come from. ``forward``: the model's own forward pass. ``history``:
+            each example's last known outputs, from measurements and from :meth:`torchcrest.Crest.observe`;
+            only what is not known, or too old, is forwarded. ``model``: a small model of yours that is
+            trained alongside. ``resolution``: the model's forward pass over smaller inputs.
+        history_age: oldest outputs that ``history`` uses, in steps (an int) or as a share of ``len(crest)`` (a
+            float up to 1).
+        history_bytes: most memory for ``history``, which takes 2 bytes an output and 4 an example.
+        resolution: side of the inputs that ``resolution`` measures, as a share of what it is.
 
     Raises:
         ConfigError: any setting is out of range; all problems are listed at once.
@@ -71,6 +98,18 @@ class CrestConfig:
     stratify: bool = True
     proxy: Proxy = "outputs"
     measure_mode: MeasureMode = "eval"
+    measure_dtype: MeasureDtype = "model"
+    channels_last: bool = False
+    measured_together: int | None = None
+    max_overhead: float | None = 0.25
+    overhead_in: OverheadIn = "seconds"
+    forward_cost: float = 1 / 3
+    derivative_cost: float = 3.0
+    renew: int | None = 10
+    proxy_source: ProxySource = "forward"
+    history_age: int | float = 0.2
+    history_bytes: int = 2**30
+    resolution: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, naming all of them."""
@@ -99,6 +138,24 @@ class CrestConfig:
         checks.flag("stratify")
         checks.choice("proxy", get_args(Proxy))
         checks.choice("measure_mode", get_args(MeasureMode))
+        checks.choice("measure_dtype", get_args(MeasureDtype))
+        checks.flag("channels_last")
+        if self.measured_together is not None:
+            checks.whole("measured_together", 1, "None lets the device decide.")
+        if self.max_overhead is not None:
+            checks.above_zero("max_overhead", "0.25 allows a quarter of the training time; None: no bound.")
+        checks.choice("overhead_in", get_args(OverheadIn))
+        for name in ("forward_cost", "derivative_cost"):
+            checks.above_zero(name, "Leave it out for the default.")
+        if self.renew is not None:
+            checks.whole("renew", 1, "10 picks coresets anew every 10 steps; None uses a region's until it ends.")
+        if checks.choice("proxy_source", get_args(ProxySource)) and self.proxy_source in ("history", "model"):
+            do = "These have nothing but outputs: leave proxy out, or use proxy_source='forward'."
+            checks.that("proxy", self.proxy == "outputs", f"be 'outputs' with proxy_source={self.proxy_source!r}", do)
+        checks.steps_or_share("history_age", "Use for example 0.2, a fifth of the run.")
+        checks.whole("history_bytes", 1, "2**30 is a gibibyte.")
+        if checks.above_zero("resolution", "0.5 measures a quarter of an image's pixels."):
+            checks.that("resolution", self.resolution <= 1, "be a share in (0, 1]", "0.5 measures half of each side.")
         checks.close()
 
     @classmethod
@@ -128,6 +185,15 @@ class CrestConfig:
         return asdict(self)
 
 
+def steps_of(share: int | float, steps: int) -> int:
+    """Return a number of steps given as such (an int) or as a share of all (a float).
+
+    >>> steps_of(7, 100), steps_of(0.2, 100)
+    (7, 20)
+    """
+    return share if isinstance(share, int) else max(1, round(share * steps))
+
+
 # The paper's settings; b, alpha and the smoothing of both g and H are common to all four. T2 = 20 epochs
 # of 200, a tenth of training. The caps are ours: the paper's T1 and P have none.
 _PAPER: dict[str, Any] = {
@@ -137,6 +203,8 @@ _PAPER: dict[str, Any] = {
     "learned_loss": 0.1,
     "learned_interval": 0.1,
     "weight_power": 1.0,
+    "max_overhead": None,
+    "renew": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {**_PAPER, "tolerance": 0.05, "interval_scale": 1.0, "pool_size": 500, "batch_size": 128},

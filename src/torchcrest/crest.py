@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from torchcrest import tree
 from torchcrest.active import ActiveSet, Draws, Place, stream
-from torchcrest.config import CrestConfig
-from torchcrest.errors import ConfigError, must
+from torchcrest.config import CrestConfig, steps_of
+from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
-from torchcrest.measure import Meter, device_of
+from torchcrest.measure import How, Meter, device_of, synchronize
 from torchcrest.objectives import Objective, as_objective
+from torchcrest.overhead import Budget, Clock, Purpose
 from torchcrest.passes import Passes
+from torchcrest.proxies import source_of
 from torchcrest.quadratic import QuadraticModel, relative_error
-from torchcrest.region import Region
+from torchcrest.region import Region, read_coresets, states_of
 from torchcrest.solvers import medoids, weigh
 from torchcrest.types import Coreset, Pool, WeightedBatch
 
@@ -49,6 +52,9 @@ class Crest(Passes):
         objective: how a batch becomes outputs and losses. None: classification by cross-entropy; a function
             ``(outputs, batch) -> losses [n]``; or any :class:`torchcrest.Objective`.
         last_layer: the layer that ``proxy="last_layer"`` compares; None: the last linear layer that runs.
+        proxy_model: what ``proxy_source="model"`` measures: a small model for the same batches and losses. It is
+            trained here, on the batches that are handed out, in the mode that it is in.
+        proxy_optimizer: of the proxy model's parameters; None: SGD at a rate of 0.1 with momentum 0.9.
         num_workers: processes that read pools ahead; as in :class:`torch.utils.data.DataLoader`, like all
             that follow. Only pools are read in them, so the stream is the same for any number.
         collate_fn: makes a batch of a list of examples. The batch may be any nesting of tensors with the
@@ -76,6 +82,8 @@ class Crest(Passes):
         seed: int = 0,
         objective: Objective | Callable[[Tensor, Any], Tensor] | None = None,
         last_layer: nn.Linear | None = None,
+        proxy_model: nn.Module | None = None,
+        proxy_optimizer: torch.optim.Optimizer | None = None,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
@@ -86,16 +94,14 @@ class Crest(Passes):
     ) -> None:
         config = CrestConfig() if config is None else config
         examples = examples_in(dataset)
-        _refuse(model, config, examples, last_layer)
+        _refuse(model, config, examples, last_layer, proxy_model)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
         self.config = config
-        self._meter = Meter(
-            model,
-            as_objective(objective),
-            config.measure_mode,
-            whole_layer=config.proxy == "last_layer",
-            last_layer=last_layer,
-        )
+        objective = as_objective(objective)
+        how = _how(config, device_of(model))
+        self._meter = Meter(model, objective, how, whole_layer=config.proxy == "last_layer", last_layer=last_layer)
+        self._source = source_of(config, self._meter, examples, steps, seed, proxy_model, proxy_optimizer)
+        self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
         self._active = ActiveSet(examples)
         reading = Reading(
             num_workers,
@@ -112,47 +118,84 @@ class Crest(Passes):
         self._region: Region | None = None
         self._interval = config.interval_scale  # T1, before rounding and capping
         self._first_curvature: float | None = None  # ||H_0||
-        share = config.learned_interval
-        self._learned_steps = share if isinstance(share, int) else max(1, round(share * steps))
+        self._learned_steps = steps_of(config.learned_interval, steps)
+        self._spare: list[Coreset] = []  # random batches that were read and not needed yet
+        self._budget = Budget(config.max_overhead)
+        self._clock = Clock()
+        self._entered = 0  # steps whose cost has been entered into the budget
+        self._taught = 0.0  # examples that the source was trained on, in the model's cost
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
+    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:
+        """Take losses and outputs of the training step; ``proxy_source="history"`` lives on them.
+
+        Args:
+            losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
+            outputs: ``[batch_size, ...]`` of the model, as the objective gives them; likewise.
+
+        Raises:
+            DataError: they are not one an example of the batch.
+        """
+        for name, values in (("losses", losses), ("outputs", outputs)):
+            if values is not None and (values.dim() == 0 or len(values) != len(self.indices)):
+                want = f"have {len(self.indices)} entries, one an example of the last batch"
+                raise DataError(must(name, want, tuple(values.shape), "Observe after each batch, unreduced."))
+        if self.config.proxy_source in ("history", "model"):  # little else is measured there
+            self._unseen.append((self.indices, losses.detach()))
+        if outputs is not None:
+            self._source.note(self._step, self.indices, outputs)
+
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:
-        fresh = self._check() if self._region and self._step >= self._region.check_at else None
+        self._clock.asked()
+        region, fresh = self._region, None
+        if region is None or self._step >= min(region.check_at, region.renew_at or region.check_at):
+            self._enter_steps()
+        if region and self._step >= region.check_at:
+            fresh = self._check()
         if self.config.exclude and self._step and self._step % self._learned_steps == 0:
             self._exclude()
         if self._region is None:
             self._region = self._begin_region(fresh)
+        elif self._region.renew_at is not None and self._step >= self._region.renew_at:
+            self._pick(self._region, fresh)
         coreset = self._region.pick(self._step, self._seed)  # step 5
-        # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
-        return WeightedBatch(tree.clone(coreset.data), coreset.weights.clone()), coreset.indices
+        batch = WeightedBatch(coreset.data, coreset.weights)
+        if self._region.renew_at is None:
+            # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
+            batch = tree.clone(batch)
+        self.stats.coresets += coreset.picked
+        if self.config.proxy_source == "model":
+            with self._charged("selecting", 0):
+                self._taught += self._source.learn(batch, self._step + 1, coreset.indices)
+        self._clock.handed()
+        return batch, coreset.indices
 
     def _begin_region(self, fresh: Pool | None) -> Region:
         """Draw, measure, select and model anew (steps 1 to 4). A failed check's measurement is the first pool."""
         config = self.config
         # P and the interval both follow the curvature that was known before this region's coresets were.
         interval = int(min(max(self._interval, 1), config.max_interval))
-        count = min(math.ceil(config.coresets_per_step * interval), config.max_coresets)
-        with self._timed("selecting"):
-            coresets: list[Coreset] = []
-            while len(coresets) < count:
-                pools = [fresh] if fresh else []
-                fresh = None
-                together = min(SOLVED_TOGETHER, count - len(coresets))
-                pools += [self._measure() for _ in range(together - len(pools))]
-                coresets += self._select(pools)
+        interval = self._budget.stretched(interval, config.max_interval)
         region = Region(
-            self.stats.regions, self._step, interval, self._step + interval, coresets, self._meter.parameters()
+            number=self.stats.regions,
+            begun=self._step,
+            interval=interval,
+            check_at=self._step + interval,
+            coresets=[],
+            picked_at=self._step,
+            parameters=self._meter.parameters(),
         )
+        self._pick(region, fresh)
         loss: float | None = None
         if config.check == "paired":
-            with self._timed("checking"):
-                pool = self._measure()
+            with self._charged("checking"):
+                pool = self._measure_check(*self._feed.next())
                 region.check_indices, region.check_data = pool.indices, pool.data
                 loss = float(pool.losses.mean(dtype=torch.float64))
         if config.check == "paired" or config.curvature != "first_order":
-            with self._timed("curvature"):
-                self._model_loss(coresets, region.number)
+            with self._charged("curvature"):
+                self._model_loss(region.coresets, region.number)
                 self._adapt_interval()
         if loss is not None:
             self._quadratic.anchor(region.parameters, loss)
@@ -160,7 +203,7 @@ class Crest(Passes):
         self._log(
             "region",
             region=region.number,
-            coresets=count,
+            coresets=sum(coreset.picked for coreset in region.coresets),
             interval=interval,
             loss=loss,
             gradient_norm=self._quadratic.gradient_norm(),
@@ -169,10 +212,75 @@ class Crest(Passes):
         )
         return region
 
-    def _measure(self) -> Pool:
-        """Draw the next pool and measure it (steps 1 and 2)."""
-        indices, data = self._feed.next()
-        return self._record(self._meter.measure(indices, data))
+    def _pick(self, region: Region, fresh: Pool | None) -> None:
+        """Give the region the coresets of its next steps: as many as are asked for, or can be paid for.
+
+        Those of a whole interval, to be used again until the region ends; or, where coresets are renewed, as
+        many batches as there are steps until then, random ones where there is no coreset.
+        """
+        config = self.config
+        renewed = config.renew is not None
+        steps = region.interval if config.renew is None else min(config.renew, region.check_at - self._step)
+        wanted = min(math.ceil(config.coresets_per_step * steps), steps if renewed else config.max_coresets)
+        count = self._budget.affordable("selecting", wanted, steps)
+        if fresh or not renewed:
+            count = max(1, count)
+        coresets: list[Coreset] = []
+        with self._charged("selecting", count - bool(fresh)):
+            while len(coresets) < count:
+                pools = [fresh] if fresh else []
+                fresh = None
+                together = min(SOLVED_TOGETHER, count - len(coresets))
+                pools += [self._measure(*self._feed.next()) for _ in range(together - len(pools))]
+                self._look()
+                coresets += self._select(pools)
+        while renewed and len(coresets) < steps:
+            coresets.append(self._random())
+        region.coresets, region.picked_at = coresets, self._step
+        region.renew_at = self._step + steps if renewed else None
+
+    def _random(self) -> Coreset:
+        """Return a random batch. A pool that is read and not measured gives as many as it has room for."""
+        if not self._spare:
+            m = self.config.batch_size
+            indices, data = self._feed.next()
+            weights = torch.ones(m, device=device_of(self._meter.model))
+            data = tree.move(data, weights.device)
+            rows = torch.arange(len(indices))
+            self._spare = [
+                Coreset(indices, rows[start : start + m], weights.clone(), tree.part(data, start, start + m), False)
+                for start in range(0, len(indices) - m + 1, m)
+            ]
+        return self._spare.pop(0)
+
+    def _measure(self, indices: Tensor, data: Any) -> Pool:
+        """Measure a pool for selection, by whatever gives the proxy gradients (step 2)."""
+        pool, rows = self._source.measure(self._step, indices, data)
+        if rows is not None:  # the other losses are old, or not the model's
+            self._unseen.append((indices[rows], pool.losses[rows.to(pool.losses.device)]))
+        else:
+            self._unseen.append((indices, pool.losses))
+        return pool
+
+    def _measure_check(self, indices: Tensor, data: Any) -> Pool:
+        """Measure a check set, always with the model itself."""
+        pool = self._meter.measure(indices, data)
+        self._unseen.append((indices, pool.losses))
+        self._look()
+        assert pool.outputs is not None
+        self._source.note(self._step, indices, pool.outputs)
+        return pool
+
+    def _look(self) -> None:
+        """Refuse losses that are not finite, and note the others for exclusion. Waits for the device, once."""
+        if not self._unseen:
+            return
+        together = torch.cat([losses.detach().float() for _, losses in self._unseen]).cpu()
+        parts = together.split([len(indices) for indices, _ in self._unseen])
+        for (indices, _), losses in zip(self._unseen, parts, strict=True):
+            self._refuse_non_finite(indices, losses)
+            self._active.record(indices, losses)
+        self._unseen.clear()
 
     def _select(self, pools: list[Pool]) -> list[Coreset]:
         """Pick a coreset from each pool, all together (step 3)."""
@@ -210,7 +318,6 @@ class Crest(Passes):
             g, h = self._meter.differentiate(coreset, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
-        self.stats.examples_forwarded = self._meter.forwarded
         parameters = self._meter.parameters()
         if [id(p) for p in parameters] != [id(p) for p in self._modelled]:
             self._quadratic.restart()
@@ -221,15 +328,15 @@ class Crest(Passes):
         """Compare the model with the loss on the check set (step 6).
 
         Returns:
-            None if the region goes on; its measurement, or None where nothing is measured, if it has ended.
+            The measurement of the check set, or None where nothing is measured. ``_region`` is None if it has ended.
         """
         region = self._region
         assert region is not None
         if region.check_indices is None:
             self._region = None
             return None
-        with self._timed("checking"):
-            pool = self._record(self._meter.measure(region.check_indices, region.check_data))
+        with self._charged("checking"):
+            pool = self._measure_check(region.check_indices, region.check_data)
             loss = float(pool.losses.mean(dtype=torch.float64))
             predicted = self._quadratic.predict(region.parameters)
         rho = relative_error(predicted, loss)
@@ -238,8 +345,8 @@ class Crest(Passes):
         self._log("check", region=region.number, rho=rho, predicted=predicted, loss=loss, passed=passed)
         if passed:
             region.check_at = self._step + region.interval
-            return None
-        self._region = None
+        else:
+            self._region = None
         return pool
 
     def _adapt_interval(self) -> None:
@@ -269,12 +376,38 @@ class Crest(Passes):
 
     # Book-keeping ----------------------------------------------------------------------------------------
 
-    def _record(self, pool: Pool) -> Pool:
-        """Refuse losses that are not finite; note the others for exclusion."""
-        self._refuse_non_finite(pool)
-        self._active.record(pool.indices, pool.losses)
-        self.stats.examples_forwarded = self._meter.forwarded
-        return pool
+    @contextmanager
+    def _charged(self, purpose: Purpose, count: int = 1) -> Iterator[None]:
+        """Time a phase and charge it to the budget, as so many pools, checks or curvatures."""
+        stats, seconds = self.stats, f"seconds_{purpose}"
+        before = getattr(stats, seconds), self._counted(), self._forwarded()
+        with self._timed(purpose):
+            yield
+        spent = getattr(stats, seconds) - before[0], self._counted() - before[1], self._forwarded() - before[2]
+        self._budget.pay(purpose, spent[0] if self.config.overhead_in == "seconds" else spent[1], count)
+        stats.overhead = self._budget.overhead
+        stats.examples_forwarded = self._forwarded() + self._meter.differentiated
+        stats.forwarded_selecting += spent[2] if purpose == "selecting" else 0
+        stats.forwarded_checking += spent[2] if purpose == "checking" else 0
+
+    def _forwarded(self) -> int:
+        """Count the examples that were measured, with whatever model."""
+        return self._meter.forwarded + sum(meter.forwarded for meter, _ in self._source.meters)
+
+    def _counted(self) -> float:
+        """Return the counted cost so far; training on an example is 1."""
+        meter, config = self._meter, self.config
+        forwarded = meter.forwarded + sum(share * other.forwarded for other, share in self._source.meters)
+        return config.forward_cost * forwarded + config.derivative_cost * meter.differentiated + self._taught
+
+    def _enter_steps(self) -> None:
+        """Enter the training steps since the last time into the budget; look at the losses that were observed."""
+        steps, self._entered = self._step - self._entered, self._step
+        self._look()
+        seconds = self._clock.step(lambda: synchronize(device_of(self._meter.model)))
+        cost = seconds if self.config.overhead_in == "seconds" else float(self.config.batch_size)
+        if steps and cost is not None:
+            self._budget.train(cost, steps)
 
     # Stop and resume -------------------------------------------------------------------------------------
 
@@ -290,14 +423,32 @@ class Crest(Passes):
             "interval": self._interval,
             "first_curvature": self._first_curvature,
             "region": region and region.state_dict(self._meter.model),
+            "spare": states_of(self._spare),
+            "budget": self._budget.state_dict(),
+            "entered": self._entered,
+            "taught": self._taught,
+            "counts": [(meter.forwarded, meter.differentiated) for meter in self._meters()],
+            "unseen": [(indices, losses.cpu()) for indices, losses in self._unseen],
+            "source": self._source.state_dict(),
         }
+
+    def _meters(self) -> list[Meter]:
+        return [self._meter, *(meter for meter, _ in self._source.meters)]
 
     def _load(self, state: dict[str, Any]) -> None:
         number, position, put_off = state["place"]
         self._active.load_state_dict(state["active"])
         self._feed.seek(Place(number, position, tuple(put_off)))
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
-        self._meter.forwarded = state["stats"]["examples_forwarded"]
+        for meter, counts in zip(self._meters(), state["counts"], strict=True):
+            meter.forwarded, meter.differentiated = counts
+        self._budget.load_state_dict(state["budget"])
+        self._clock = Clock()
+        self._entered, self._taught = int(state["entered"]), float(state["taught"])
+        device = device_of(self._meter.model)
+        self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
+        self._source.load_state_dict(state["source"])
+        self._spare = read_coresets(state["spare"], self._feed, device)
         saved = state["region"]
         self._region = saved and Region.read(saved, self._feed, self._meter.model)
         self._modelled = self._region.parameters if self._region else []
@@ -311,7 +462,14 @@ def _added(total: list[Tensor], terms: list[Tensor], share: float) -> list[Tenso
     return [t.add_(term, alpha=share) for t, term in zip(total, terms, strict=True)]
 
 
-def _refuse(model: Any, config: Any, examples: int, last_layer: Any) -> None:
+def _how(config: CrestConfig, device: torch.device) -> How:
+    """Return how pools are forwarded."""
+    together = config.measured_together or (config.batch_size if device.type == "cpu" else None)
+    dtype = None if config.measure_dtype == "model" else getattr(torch, config.measure_dtype)
+    return How(config.measure_mode, dtype, config.channels_last, together)
+
+
+def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model: Any) -> None:
     """Refuse what cannot work, before anything is read."""
     problems = []
     if not isinstance(model, nn.Module):
@@ -326,5 +484,11 @@ def _refuse(model: Any, config: Any, examples: int, last_layer: Any) -> None:
         problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
     if last_layer is not None and not isinstance(last_layer, nn.Linear):
         problems.append(must("last_layer", "be a torch.nn.Linear", type(last_layer).__name__, "Or leave it out."))
+    if proxy_model is not None and not isinstance(proxy_model, nn.Module):
+        problems.append(must("proxy_model", "be a torch.nn.Module", type(proxy_model).__name__, "Or leave it out."))
+    if isinstance(config, CrestConfig) and (config.proxy_source == "model") != (proxy_model is not None):
+        want = "be given with proxy_source='model', and only then"
+        got = None if proxy_model is None else type(proxy_model).__name__
+        problems.append(must("proxy_model", want, got, "Give both, or neither."))
     if problems:
         raise ConfigError(problems)

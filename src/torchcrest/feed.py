@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from torchcrest import tree
 from torchcrest.active import Draws, Place, stream
@@ -66,6 +67,37 @@ def refuse_other_length(data: Any, examples: int) -> None:
             raise DataError(must("batch", want, tuple(leaf.shape), "Check collate_fn."))
 
 
+class _InMemory(Dataset[Any]):
+    """Reads many examples of tensors in memory at once, where the data set would give one at a time."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[row] for tensor in self._tensors)
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        """Return what the default collate function makes of the examples."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        return [tensor[chosen] for tensor in self._tensors]
+
+
+def _whole(batch: Any) -> Any:
+    """Collate what is a batch already."""
+    return batch
+
+
+def _fast(dataset: Any, reading: Reading) -> tuple[Any, Callable[[Any], Any]]:
+    """Return the data set and its collate function, or faster ones that give the same batches."""
+    # No subclass: it may do something of its own.
+    if type(dataset) is TensorDataset and reading.collate_fn is None:
+        return _InMemory(dataset.tensors), _whole
+    return dataset, reading.collate_fn or default_collate
+
+
 class _Plan:
     """Draws the next pool whenever the loader asks for one, and keeps what was drawn until it is read.
 
@@ -96,14 +128,13 @@ class Feed:
 
     def __init__(self, dataset: Dataset[Any], draws: Draws, size: int, reading: Reading, seed: int) -> None:
         self.place = draws.place
-        self._dataset = dataset
-        self._collate = reading.collate_fn or default_collate
+        self._dataset, self._collate = _fast(dataset, reading)
         self._plan = _Plan(draws, size)
         self._stale = 0  # pools drawn ahead that are no longer wanted
         self._batches: Iterator[Any] | None = None
         try:
             self._loader: DataLoader[Any] = DataLoader(
-                dataset,
+                self._dataset,
                 batch_sampler=self._plan,
                 num_workers=reading.num_workers,
                 collate_fn=self._collate,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,7 +19,7 @@ from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["Meter", "device_of", "observing", "synchronize"]
+__all__ = ["How", "Meter", "device_of", "observing", "pool_of", "synchronize"]
 
 # Private in torch, but there is no public name for "all batch normalisations".
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -72,26 +74,47 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
+@dataclass(frozen=True)
+class How:
+    """How a pool is forwarded.
+
+    Attributes:
+        mode: evaluation mode, or batch statistics where batch normalisation is in training.
+        dtype: of the forward pass, through autocast; None: as the model would be called.
+        channels_last: memory format of images.
+        together: examples in a forward pass; None: all.
+        resolution: side of the inputs, as a share of what it is.
+    """
+
+    mode: MeasureMode = "eval"
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    together: int | None = None
+    resolution: float = 1.0
+
+
 class Meter:
     """Measures pools and differentiates coresets of one model, and counts the examples it forwards.
 
     Attributes:
-        forwarded: examples that went through the model so far.
+        forwarded: examples that went through the model in measurements so far.
+        differentiated: and those whose gradient and curvature was taken.
     """
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
-        mode: MeasureMode,
+        how: How,
         *,
-        whole_layer: bool,
-        last_layer: nn.Linear | None,
+        whole_layer: bool = False,
+        last_layer: nn.Linear | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
-        self.mode: MeasureMode = mode
+        self.how = how
         self.forwarded = 0
+        self.differentiated = 0
         self._whole_layer = whole_layer
         self._last_layer = last_layer
 
@@ -102,49 +125,78 @@ class Meter:
     def measure(self, indices: Tensor, data: Any) -> Pool:
         """Forward a pool once and return its losses, proxy gradients and labels.
 
-        The proxy gradient is the derivative of an example's loss with respect to the model's outputs:
-        for cross-entropy softmax - onehot, and the same line for any other differentiable loss.
-
         Raises:
             DataError: outputs or losses do not have an entry an example.
         """
-        r = len(indices)
         data = tree.move(data, device_of(self.model))
-        with observing(self.model, self.mode):
-            with torch.no_grad(), ExitStack() as hooks:
-                caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
-                # A model may change its input in place; the pool is still to be trained on.
-                outputs = self.objective.outputs(self.model, tree.clone(data))
-            if outputs.dim() == 0 or len(outputs) != r:
-                raise DataError(
-                    must(
-                        "model outputs",
-                        f"have {r} entries, one an example",
-                        tuple(outputs.shape),
-                        "Check the objective's outputs().",
-                    )
-                )
-            outputs = (outputs if outputs.dtype == torch.float64 else outputs.float()).detach().requires_grad_()
-            with torch.enable_grad():
-                losses = self.objective.losses(outputs, data)
-                if not isinstance(losses, Tensor) or tuple(losses.shape) != (r,):
-                    got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                    raise DataError(must("losses", f"have shape ({r},), one an example", got, 'Use reduction="none".'))
-                (gradients,) = torch.autograd.grad(losses.sum(), outputs)
-        self.forwarded += r
-        labels = self.objective.labels(data)
-        if labels is not None and tuple(labels.shape) != (r,):
-            raise DataError(
-                must(
-                    "class labels",
-                    f"have shape ({r},)",
-                    tuple(labels.shape),
-                    "Return None from labels() where there is no class an example.",
-                )
-            )
-        features, bias = self._features(caught, outputs) if self._whole_layer else (None, True)
-        flat = gradients.flatten(1).float()
-        return Pool(indices, data, losses.detach(), flat, features, bias, labels, outputs.detach())
+        outputs, features, bias = self.forward(data, len(indices))
+        return replace(pool_of(self.objective, indices, data, outputs), features=features, bias=bias)
+
+    def forward(self, data: Any, examples: int) -> tuple[Tensor, Tensor | None, bool]:
+        """Return the outputs ``[examples, ...]`` in float32 or float64, without a graph.
+
+        With them come the last layer's inputs ``[examples, k]``, where the whole layer is asked for, and
+        whether that layer has a bias.
+
+        Args:
+            data: on the model's device; it stays as it is.
+            examples: how many it holds.
+
+        Raises:
+            DataError: the outputs do not have an entry an example.
+        """
+        # The statistics of batch normalisation are those of all that is forwarded together.
+        together = examples if self.how.mode == "batch_statistics" else self.how.together or examples
+        outputs: list[Tensor] = []
+        features: list[Tensor] = []
+        bias = True
+        with observing(self.model, self.how.mode), torch.no_grad(), self._precision():
+            for start in range(0, examples, together):
+                size = min(together, examples - start)
+                with ExitStack() as hooks:
+                    caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
+                    # A copy, for a model may change its input in place; the pool is still to be trained on.
+                    part = self._prepared(tree.part(data, start, start + size))
+                    outputs.append(self.objective.outputs(self.model, part))
+                if outputs[-1].dim() == 0 or len(outputs[-1]) != size:
+                    want, got = f"have {size} entries, one an example", tuple(outputs[-1].shape)
+                    raise DataError(must("model outputs", want, got, "Check the objective's outputs()."))
+                if self._whole_layer:
+                    found, bias = self._features(caught, outputs[-1])
+                    features.append(found)
+        self.forwarded += examples
+        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        whole = whole if whole.dtype == torch.float64 else whole.float()
+        return whole.detach(), torch.cat(features) if features else None, bias
+
+    def _prepared(self, data: Any) -> Any:
+        """Return a copy of inputs, in the resolution and memory format that are measured in."""
+        how = self.how
+        shrunk = how.resolution == 1
+
+        def prepare(leaf: Tensor) -> Tensor:
+            nonlocal shrunk
+            if how.resolution < 1 and leaf.is_floating_point() and leaf.dim() in (3, 4, 5):
+                size = [max(1, round(side * how.resolution)) for side in leaf.shape[2:]]
+                leaf, shrunk = F.interpolate(leaf, size=size, mode="area"), True
+            if how.channels_last and leaf.is_floating_point() and leaf.dim() == 4:
+                return leaf.clone(memory_format=torch.channels_last)
+            return leaf.clone()
+
+        prepared = tree.apply(data, prepare)
+        if not shrunk:
+            want = "be another than 'resolution' where no input has sides to shrink"
+            do = "Inputs must be [n, channels, length] or [n, channels, height, width] in floating point."
+            raise ConfigError(must("proxy_source", want, "resolution", do))
+        return prepared
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model is called."""
+        if self.how.dtype is None:
+            return nullcontext()
+        kind = device_of(self.model).type
+        # Nothing is cast where all is float32.
+        return torch.autocast(kind, dtype=self.how.dtype, enabled=self.how.dtype != torch.float32)
 
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
@@ -158,7 +210,7 @@ class Meter:
             outputs = self.objective.outputs(model, tree.clone(coreset.data))
             return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
 
-        with observing(model, self.mode), ExitStack() as stack:
+        with observing(model, self.how.mode), ExitStack() as stack:
             # Neither fused attention, nor compiled modules, nor cuDNN's recurrent layers have a second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
@@ -174,7 +226,7 @@ class Meter:
                 raise ConfigError(
                     must("curvature", want, str(error).splitlines()[0], "Set it in CrestConfig.")
                 ) from error
-        self.forwarded += len(coreset.weights)
+        self.differentiated += len(coreset.weights)
         return result
 
     @contextmanager
@@ -213,3 +265,28 @@ class Meter:
             )
         self._last_layer, features = caught[-1]
         return features.float(), self._last_layer.bias is not None
+
+
+def pool_of(objective: Objective, indices: Tensor, data: Any, outputs: Tensor) -> Pool:
+    """Return the pool that has these outputs ``[r, ...]``: its losses, proxy gradients and labels.
+
+    The proxy gradient is the derivative of an example's loss with respect to the model's outputs:
+    for cross-entropy softmax - onehot, and the same line for any other differentiable loss.
+
+    Raises:
+        DataError: losses or labels do not have an entry an example.
+    """
+    r = len(indices)
+    with torch.enable_grad():
+        outputs = outputs.detach().requires_grad_()
+        losses = objective.losses(outputs, data)
+        if not isinstance(losses, Tensor) or tuple(losses.shape) != (r,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise DataError(must("losses", f"have shape ({r},), one an example", got, 'Use reduction="none".'))
+        (gradients,) = torch.autograd.grad(losses.sum(), outputs)
+    labels = objective.labels(data)
+    if labels is not None and tuple(labels.shape) != (r,):
+        do = "Return None from labels() where there is no class an example."
+        raise DataError(must("class labels", f"have shape ({r},)", tuple(labels.shape), do))
+    flat = gradients.flatten(1).float()
+    return Pool(indices, data, losses.detach(), flat, labels=labels, outputs=outputs.detach())

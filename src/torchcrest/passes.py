@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
 from torchcrest.measure import device_of, synchronize
-from torchcrest.types import Pool, Stats, WeightedBatch, no_indices
+from torchcrest.types import Stats, WeightedBatch, no_indices
 
 __all__ = ["FORMAT", "Passes", "Phase"]
 
-FORMAT = 1  # of state_dict; to be raised when an older state can no longer be read
+FORMAT = 2  # of state_dict; to be raised when an older state can no longer be read
 
 Phase = Literal["training", "selecting", "checking", "curvature"]
 
@@ -82,11 +82,12 @@ class Passes(ABC):
             yield batch
         self._position = 0
 
-    def observe(self, losses: Tensor) -> None:  # noqa: B027
-        """Take the losses of the batch handed out last; only methods that go by training losses need them.
+    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:  # noqa: B027
+        """Take what training computed on the batch handed out last; only some methods need it.
 
         Args:
             losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
+            outputs: ``[batch_size, ...]`` of the model, likewise.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,11 +155,11 @@ class Passes(ABC):
             if self.on_phase:
                 self.on_phase("training")
 
-    def _refuse_non_finite(self, pool: Pool) -> None:
-        """Stop where a measured loss is NaN or infinite."""
-        bad = ~pool.losses.isfinite()
+    def _refuse_non_finite(self, indices: Tensor, losses: Tensor) -> None:
+        """Stop where a loss is NaN or infinite."""
+        bad = ~losses.isfinite()
         if bad.any():
-            rows = pool.indices[bad.cpu()].tolist()
+            rows = indices[bad.cpu()].tolist()
             raise NonFiniteLossError.about("loss", f"after step {self._step}", rows, len(bad))
 
     def _log(self, event: str, **values: Any) -> None:

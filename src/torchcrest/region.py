@@ -15,7 +15,7 @@ from torchcrest.feed import Feed
 from torchcrest.measure import device_of
 from torchcrest.types import Coreset
 
-__all__ = ["Region"]
+__all__ = ["Region", "read_coresets", "states_of"]
 
 
 @dataclass
@@ -27,7 +27,10 @@ class Region:
         begun: step at which it began.
         interval: steps between checks.
         check_at: step of the next check.
-        coresets: P of them.
+        coresets: what is trained on from ``picked_at`` on: P coresets, or as many batches as there are steps, some
+            of them random ones.
+        picked_at: step at which they were picked.
+        renew_at: step at which they are picked anew; None: not before the region ends.
         parameters: those that were trainable when it began.
         check_indices: ``[r]`` examples of the check set V_r, or None where nothing is checked.
         check_data: their data, on the model's device.
@@ -38,14 +41,16 @@ class Region:
     interval: int
     check_at: int
     coresets: list[Coreset]
+    picked_at: int
+    renew_at: int | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     check_indices: Tensor | None = None
     check_data: Any = None
 
     def pick(self, step: int, seed: int) -> Coreset:
         """Return the coreset of a step: in random order, each once before any comes again."""
-        turn, place = divmod(step - self.begun, len(self.coresets))
-        order = torch.randperm(len(self.coresets), generator=stream(seed, "order", self.number, turn))
+        turn, place = divmod(step - self.picked_at, len(self.coresets))
+        order = torch.randperm(len(self.coresets), generator=stream(seed, "order", self.picked_at, turn))
         return self.coresets[int(order[place])]
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
@@ -56,7 +61,9 @@ class Region:
             "begun": self.begun,
             "interval": self.interval,
             "check_at": self.check_at,
-            "coresets": [(c.pool_indices, c.rows, c.weights) for c in self.coresets],
+            "picked_at": self.picked_at,
+            "renew_at": self.renew_at,
+            "coresets": states_of(self.coresets),
             "parameters": [names[parameter] for parameter in self.parameters],
             "check_indices": self.check_indices,
         }
@@ -65,18 +72,34 @@ class Region:
     def read(cls, state: Mapping[str, Any], feed: Feed, model: nn.Module) -> Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
         device, named = device_of(model), dict(model.named_parameters())
-        coresets = []
-        for pool_indices, rows, weights in state["coresets"]:
-            data = tree.move(tree.take(feed.read(pool_indices), rows), device)
-            coresets.append(Coreset(pool_indices.cpu(), rows.cpu(), weights.to(device), data))
         check = state["check_indices"]
         return cls(
             number=state["number"],
             begun=state["begun"],
             interval=state["interval"],
             check_at=state["check_at"],
-            coresets=coresets,
+            picked_at=state["picked_at"],
+            renew_at=state["renew_at"],
+            coresets=read_coresets(state["coresets"], feed, device),
             parameters=[named[name] for name in state["parameters"]],
             check_indices=check,
             check_data=None if check is None else tree.move(feed.read(check), device),
         )
+
+
+def states_of(coresets: list[Coreset]) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Return what is needed to read coresets again."""
+    return [(c.pool_indices, c.rows, c.weights, c.picked) for c in coresets]
+
+
+def read_coresets(states: list[tuple[Tensor, Tensor, Tensor, bool]], feed: Feed, device: torch.device) -> list[Coreset]:
+    """Read coresets again, each pool once."""
+    read: dict[tuple[int, ...], Any] = {}
+    coresets = []
+    for indices, rows, weights, picked in states:
+        key = tuple(indices.tolist())
+        if key not in read:
+            read = {key: feed.read(indices)}  # random batches of one pool stand side by side
+        data = tree.move(tree.take(read[key], rows), device)
+        coresets.append(Coreset(indices.cpu(), rows.cpu(), weights.to(device), data, picked))
+    return coresets

@@ -62,12 +62,14 @@ class Coreset:
         rows: ``[m]`` positions in the pool, ascending.
         weights: ``[m]`` float32, mean 1.
         data: the m examples, as loaded with the pool.
+        picked: they were selected; else they are any m of the pool, with weights 1.
     """
 
     pool_indices: Tensor
     rows: Tensor
     weights: Tensor
     data: Any
+    picked: bool = True
 
     @property
     def indices(self) -> Tensor:
@@ -89,7 +91,11 @@ class Stats:
         seconds_checking: measuring the check set at the start of a region and at each check.
         seconds_curvature: gradients and Hessian probes of the quadratic model.
         examples_forwarded: examples that went through the model for any of these, outside training.
+        forwarded_selecting: how many of them for selection,
+        forwarded_checking: and for checks.
         examples_trained: examples in the batches that were handed out.
+        coresets: batches handed out that were coresets; the others were random.
+        overhead: cost of selection, checks and curvature for each unit of training's, as it was budgeted.
         regions: quadratic models fitted.
         checks: checks of a quadratic model against the loss.
         active: examples that are drawn from at present; the others are set aside, or not picked.
@@ -99,7 +105,11 @@ class Stats:
     seconds_checking: float = 0.0
     seconds_curvature: float = 0.0
     examples_forwarded: int = 0
+    forwarded_selecting: int = 0
+    forwarded_checking: int = 0
     examples_trained: int = 0
+    coresets: int = 0
+    overhead: float = 0.0
     regions: int = 0
     checks: int = 0
     active: int = 0
@@ -127,8 +137,8 @@ class BatchLoader(Protocol):
         """Count the batches of one pass."""
         ...
 
-    def observe(self, losses: Tensor) -> None:
-        """Take the losses ``[batch_size]`` of the batch handed out last; most methods don't need them."""
+    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:
+        """Take losses ``[batch_size]``, and outputs, of the batch handed out last; most methods don't need them."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

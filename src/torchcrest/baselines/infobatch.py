@@ -123,11 +123,12 @@ class InfoBatch(Passes):
         reading = Reading(num_workers, collate_fn, pin_memory, prefetch_factor)
         self._feed = Feed(dataset, Draws(self._kept, seed), config.batch_size, reading, seed)
 
-    def observe(self, losses: Tensor) -> None:
+    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:
         """Take the training losses of the batch handed out last.
 
         Args:
             losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
+            outputs: not needed.
 
         Raises:
             DataError: they are not one an example of the batch.

@@ -16,7 +16,7 @@ from torchcrest.active import Draws, Place, stream
 from torchcrest.checks import Checks
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Feed, Reading, examples_in, refuse_other_length
-from torchcrest.measure import Meter, device_of
+from torchcrest.measure import How, Meter, device_of
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.passes import Passes
 from torchcrest.types import Pool, WeightedBatch
@@ -117,7 +117,7 @@ class SubsetLoader(Passes, Generic[Config]):
         self._every = every if isinstance(every, int) else max(1, round(every * steps))
         self._objective = as_objective(objective)
         self._meter = Meter(
-            model, self._objective, "eval", whole_layer=config.proxy == "last_layer", last_layer=last_layer
+            model, self._objective, How(), whole_layer=config.proxy == "last_layer", last_layer=last_layer
         )
         self._weights = torch.zeros(examples)  # of the subset's members; the others have none
         self._chosen = torch.zeros(examples, dtype=torch.bool)
@@ -168,7 +168,7 @@ class SubsetLoader(Passes, Generic[Config]):
         self.stats.examples_forwarded = self._meter.forwarded
         labels = held.get("labels") if self.config.stratify else None
         pool = Pool(indices, None, held["losses"], held["gradients"], held.get("features"), bias, labels)
-        self._refuse_non_finite(pool)
+        self._refuse_non_finite(pool.indices, pool.losses)
         return pool
 
     def _read(self, indices: Tensor, dataset: Any) -> Iterator[tuple[Tensor, Any]]:

@@ -86,7 +86,7 @@ def _figures(status: Status) -> str:
     if status.interval is not None:
         parts.append(f"regions {status.regions} (interval {status.interval})")
         parts.append(f"active {status.active:.0%}")
-        parts.append(f"overhead {status.overhead:.0%}")
+        parts.append(f"overhead {status.overhead:.0%} (measured {status.forwarded:.0f} a step)")
     return ", ".join(parts)
 
 

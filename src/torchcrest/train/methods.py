@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -58,11 +59,19 @@ class Method:
         return full_steps if self.whole else max(1, round(budget * full_steps))
 
     def build(
-        self, model: nn.Module, data: Examples, config: Config | int, steps: int, seed: int, workers: int
+        self,
+        model: nn.Module,
+        data: Examples,
+        config: Config | int,
+        steps: int,
+        seed: int,
+        workers: int,
+        proxy: nn.Module | None = None,
     ) -> Passes:
         """Make the loader; a method without settings of its own takes its batch size for them."""
+        more: dict[str, Any] = {} if proxy is None else {"proxy_model": proxy}
         return self.loader(
-            model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate
+            model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate, **more
         )
 
 

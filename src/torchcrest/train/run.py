@@ -31,6 +31,7 @@ from torchcrest.train.schedule import learning_rate
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
 from torchcrest.train.track import Tracking, refuse_missing
+from torchcrest.types import Stats
 
 __all__ = ["Interrupted", "Status", "prepare", "train"]
 
@@ -62,6 +63,7 @@ class Status:
         interval: steps between checks; None for methods without.
         active: share of the examples not set aside as learned.
         overhead: seconds of selection for each second of the rest.
+        forwarded: examples measured and differentiated for each step.
         seconds: on the training clock.
     """
 
@@ -74,6 +76,7 @@ class Status:
     interval: int | None
     active: float
     overhead: float
+    forwarded: float
     seconds: float
 
 
@@ -176,6 +179,7 @@ class _Run:
             self.steps,
             settings.seed,
             settings.num_workers,
+            self._proxy(),
         )
         every = np.linspace(0, self.steps, settings.evaluations + 1)[1:]
         self.evaluate_at = {max(1, round(step)) for step in every.tolist()}
@@ -195,6 +199,13 @@ class _Run:
         self.energy = EnergyMeter() if energy else None
         self._told = -math.inf
         self._saved = time.monotonic()
+
+    def _proxy(self) -> nn.Module | None:
+        """Build the small model that CREST measures, if one is named."""
+        task, s = self.task, self.settings
+        if s.proxy_model is None or s.method != "crest":
+            return None
+        return build(s.proxy_model, task.shape, task.classes, s.seed).to(self.device)
 
     def go(self) -> dict[str, Any]:
         """Train, between the beginning and the end of what measures and tracks."""
@@ -224,8 +235,9 @@ class _Run:
         for batch in self.loader:
             (x, y), weights = batch
             self._set_rate()
-            losses = F.cross_entropy(self.model(x), y, reduction="none")
-            self.loader.observe(losses)
+            outputs = self.model(x)
+            losses = F.cross_entropy(outputs, y, reduction="none")
+            self.loader.observe(losses, outputs)
             (losses * weights).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -375,7 +387,6 @@ class _Run:
         assert self.watch is not None
         self._told = time.monotonic()
         stats = self.loader.stats
-        spent = stats.seconds_selecting + stats.seconds_checking + stats.seconds_curvature
         regions = [event for event in self.loader.history[-50:] if event["event"] == "region"]
         self.watch(
             Status(
@@ -387,7 +398,8 @@ class _Run:
                 regions=stats.regions,
                 interval=regions[-1]["interval"] if regions else None,
                 active=stats.active / len(self.task.train),
-                overhead=spent / max(self.seconds - spent, 1e-9),
+                overhead=_overhead(stats, self.seconds),
+                forwarded=stats.examples_forwarded / self.step,
                 seconds=self.seconds,
             )
         )
@@ -410,6 +422,11 @@ class _Run:
             "full_steps": self.full_steps,
             "examples_trained": stats.examples_trained,
             "examples_forwarded": stats.examples_forwarded,
+            "forwarded_selecting": stats.forwarded_selecting,
+            "forwarded_checking": stats.forwarded_checking,
+            "forwarded_per_step": stats.examples_forwarded / self.step,
+            "coresets": stats.coresets,
+            "overhead": _overhead(stats, self.seconds),
             "regions": stats.regions,
             "checks": stats.checks,
             "active": stats.active,
@@ -426,6 +443,11 @@ class _Run:
             "peak_memory_of": self.memory.of,
             **({"energy_kwh": energy} if energy else {}),
         }
+
+
+def _overhead(stats: Stats, seconds: float) -> float:
+    spent = stats.seconds_selecting + stats.seconds_checking + stats.seconds_curvature
+    return spent / max(seconds - spent, 1e-9)
 
 
 def _optimizer(model: nn.Module, s: RunSettings) -> torch.optim.Optimizer:

@@ -35,6 +35,7 @@ class RunSettings:
         epochs: length of the full run, in passes over the training data.
         seed: of the model's weights, the order of the data, selection and augmentation.
         model: resnet20, resnet18, resnet50, cnn, conv1d or mlp.
+        proxy_model: the small model that crest.proxy_source=model measures, a name as for model.
         batch_size: examples in a batch, for every method.
         learning_rate: the highest of the schedule.
         schedule: step (x 0.1 at 60 and 85 %), cosine or constant; all after the warm-up.
@@ -60,6 +61,7 @@ class RunSettings:
     epochs: float | None = None
     seed: int = 0
     model: str | None = None
+    proxy_model: str | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     schedule: Kind = "step"
@@ -106,6 +108,10 @@ class RunSettings:
             value, known = getattr(self, name), get_args(hints[name])
             if value not in known:
                 problems.append(must(name, f"be one of {', '.join(known)}", value, suggest(value, known)))
+        wanted = self.method == "crest" and self.crest.proxy_source == "model"
+        if wanted and self.proxy_model is None:
+            do = "Name a small one, for example cnn for resnet20."
+            problems.append(must("proxy_model", "be named with crest.proxy_source=model", None, do))
         if problems:
             raise ConfigError(problems)
 
@@ -153,6 +159,8 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, in the order of the fields; they go into config.yaml."""
         plain = asdict(self)
+        if self.proxy_model is None or self.method != "crest":
+            del plain["proxy_model"]
         for name in CONFIGS:
             if name != self.method:
                 del plain[name]  # says nothing about this run

@@ -1,0 +1,92 @@
+"""What a step with selection costs beside a plain one: crest and random data in turn, in pairs, in one process.
+
+Each pair is a run of random data and then one of each variant, of as many steps, in the harness of `torchcrest
+train`: selection inside the clock, evaluation outside. The ratio is that of a pair; medians are printed.
+
+    python benchmarks/overhead.py npz:glyphs62.npz --model resnet20 --steps 60 --pairs 3 \
+        --out benchmarks/overhead-resnet20.jsonl
+    python benchmarks/overhead.py npz:glyphs62.npz --model cnn --steps 120 --pairs 3 --out benchmarks/overhead-cnn.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torchcrest import CrestConfig
+from torchcrest.train.run import train
+from torchcrest.train.settings import RunSettings
+from torchcrest.train.tasks import load
+
+QUICK: dict[str, Any] = {"measure_dtype": "bfloat16", "channels_last": True}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "random": None,
+    "r=256": {"pool_size": 256},
+    "r=512": {"pool_size": 512},
+    "r=256, no bound": {"pool_size": 256, "max_overhead": None},
+    "r=512, no bound": {"pool_size": 512, "max_overhead": None},
+    "r=256, counted": {"pool_size": 256, "overhead_in": "counted"},
+    "r=256, bfloat16, channels last": {"pool_size": 256, **QUICK},
+    "r=512, bfloat16, channels last": {"pool_size": 512, **QUICK},
+    "r=256, bfloat16, channels last, no bound": {"pool_size": 256, "max_overhead": None, **QUICK},
+}
+
+
+def main() -> None:
+    """Run the pairs, write a JSON line for each run, and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS)[1:], choices=list(VARIANTS)[1:])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    short = args.task.rpartition("/")[2]
+    examples = len(load(args.task).train)
+    ratios: dict[str, list[float]] = {name: [] for name in args.variants}
+    with args.out.open("w") as file:
+        for pair in range(args.pairs):
+            plain = 0.0
+            for name in ("random", *args.variants):
+                own = VARIANTS[name]
+                settings = RunSettings(
+                    task=args.task,
+                    model=args.model,
+                    method="random" if own is None else "crest",
+                    epochs=1,
+                    budget=args.steps * 128 / examples,
+                    batch_size=128,
+                    learning_rate=0.1,
+                    seed=pair,
+                    evaluations=1,
+                    device=args.device,
+                    crest=CrestConfig(**(own or {})),
+                )
+                with tempfile.TemporaryDirectory() as folder:
+                    summary = train(settings, Path(folder))
+                plain = summary["seconds"] if own is None else plain
+                ratio = summary["seconds"] / plain
+                config = settings.to_dict() | {"task": short}
+                record = {**summary, "task": short, "variant": name, "pair": pair, "ratio": ratio, "config": config}
+                file.write(json.dumps({**record, "commit": commit}) + "\n")
+                file.flush()
+                if own is not None:
+                    ratios[name].append(ratio)
+                step, coresets = summary["seconds"] / summary["steps"], summary["coresets"] / summary["steps"]
+                print(f"{name}: {step * 1000:.0f} ms a step, ratio {ratio:.2f}, coresets {coresets:.0%}", flush=True)
+    print("| variant | crest / random seconds: median (least to most) |\n| --- | ---: |")
+    for name, values in ratios.items():
+        print(f"| {name} | {median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
