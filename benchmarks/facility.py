@@ -29,6 +29,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,9 @@ def _own_kernel(gradients: Tensor) -> float:
 
 def _submodlib() -> Any:
     try:
-        import submodlib
-    except ImportError:
-        sys.exit("This benchmark compares with submodlib, which is not installed. Run pip install submodlib-py.")
-    return submodlib
+        return import_module("submodlib")
+    except ImportError as error:
+        sys.exit(f"This benchmark compares with submodlib, which is not there ({error}). Run pip install submodlib-py.")
 
 
 def main() -> None:
