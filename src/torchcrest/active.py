@@ -65,7 +65,8 @@ class ActiveSet:
         learned = self._largest > -torch.inf
         learned &= self._largest < learned_loss
         learned &= self.mask
-        count, room = int(learned.sum()), max(0, self.count - least)
+        # A sum would first make whole numbers of all, eight bytes each.
+        count, room = int(learned.count_nonzero()), max(0, self.count - least)
         if count > room:
             self.stopped = True
             count = room
@@ -83,7 +84,7 @@ class ActiveSet:
         bound = float(np.partition(self._largest[learned].numpy(), room - 1)[room - 1])
         ties = learned & (self._largest == bound)
         learned &= self._largest < bound
-        learned[ties.nonzero()[: room - int(learned.sum()), 0]] = True
+        learned[ties.nonzero()[: room - int(learned.count_nonzero()), 0]] = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mask and the running interval's losses."""
@@ -93,7 +94,7 @@ class ActiveSet:
         """Restore a state, in place."""
         self.mask.copy_(state["mask"])
         self._largest.copy_(state["largest"])
-        self.count = int(self.mask.sum())
+        self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
 
 
