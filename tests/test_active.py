@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchcrest.active import ActiveSet, Draws, Place, stream
+from torchcrest import active as module
+from torchcrest.active import ActiveSet, Draws, Place, Shuffle, stream
 
 
 def everyone(n: int) -> Tensor:
@@ -19,6 +22,16 @@ def draw_all(draws: Draws, sizes: list[int]) -> list[int]:
     return [i for size in sizes for i in draws.draw(size).tolist()]
 
 
+@pytest.fixture(scope="class", params=["whole passes", "passes in windows"])
+def passes(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "passes in windows":
+            patch.setattr(module, "WHOLE", 0)
+            patch.setattr(module, "WINDOW", 7)
+        yield
+
+
+@pytest.mark.usefixtures("passes")
 class TestDraws:
     @settings(max_examples=80)
     @given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any), st.integers(0, 9), st.data())
@@ -85,6 +98,129 @@ class TestDraws:
         assert all(60 < firsts[i] < 140 for i in range(4))  # 100 expected, deviation 8.7; the seeds are fixed
 
 
+class TestManyExamples:
+    def test_windows_do_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes, streams = [5, 40, 60, 17, 99], []
+        monkeypatch.setattr(module, "WHOLE", 0)
+        for window in (7, 64, 1000):
+            monkeypatch.setattr(module, "WINDOW", window)
+            streams.append(draw_all(Draws(everyone(100), 3), sizes))
+        assert streams[0] == streams[1] == streams[2]
+
+    def test_nothing_is_made_of_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "randperm", lambda *_, **__: pytest.fail("a permutation of all is made"))
+        n = 200_000
+        active = everyone(n)
+        draws = Draws(active, 0)
+        first = draws.draw(256)
+        draws.place = Place(3, n - 100, ())
+        last = draws.draw(256)
+        assert draws.place.number == 4
+        assert len(first.unique()) == len(last.unique()) == 256
+        assert len(draws._window[2]) <= module.WINDOW
+
+    def test_a_pass_is_a_permutation_and_can_be_entered_anywhere(self) -> None:
+        n, size = 140_001, 1001
+        draws, places = Draws(everyone(n), 5), []
+        drawn = []
+        for _ in range(n // size):
+            places.append(draws.place)
+            drawn.append(draws.draw(size))
+        seen = torch.cat(drawn)
+        assert len(seen.unique()) == len(seen)
+        for k in (0, 70, 138):
+            other = Draws(everyone(n), 5)
+            other.place = places[k]
+            assert torch.equal(other.draw(size), drawn[k])
+
+    def test_few_are_active(self) -> None:
+        active = torch.zeros(150_000, dtype=torch.bool)
+        allowed = [3, 70_000, 149_999]
+        active[allowed] = True
+        draws = Draws(active, 0)
+        assert sorted(draws.draw(3).tolist()) == sorted(draws.draw(3).tolist()) == allowed
+
+
+def order_of(n: int, seed: int) -> Tensor:
+    return Shuffle(n, stream(seed, "shuffle"))(torch.arange(n))
+
+
+class TestShuffle:
+    @settings(max_examples=200, deadline=None)
+    @given(st.integers(1, 3000), st.integers(0, 2**40))
+    def test_a_permutation(self, n: int, seed: int) -> None:
+        assert order_of(n, seed).sort().values.equal(torch.arange(n))
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 2**16, 2**16 + 1, 257**2, 257**2 - 1, 10**6 + 3])
+    def test_a_permutation_at_the_edges_of_the_grid(self, n: int) -> None:
+        assert order_of(n, 0).sort().values.equal(torch.arange(n))
+
+    @given(st.integers(1, 2000), st.integers(0, 99), st.data())
+    def test_any_part_by_itself(self, n: int, seed: int, data: st.DataObject) -> None:
+        places = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=20)), dtype=torch.int64)
+        shuffle = Shuffle(n, stream(seed, "shuffle"))
+        before = places.clone()
+        assert shuffle(places).equal(order_of(n, seed)[before])
+        assert places.equal(before), "the argument is left alone"
+
+    def test_holds_few_numbers(self) -> None:
+        shuffle = Shuffle(10**8, stream(0, "shuffle"))
+        assert sum(len(moves) for moves in shuffle._moves) <= 8 * (10**4 + 1)
+
+    # The seeds are fixed, so these pass or fail for good; the bounds are 4 standard deviations or more away.
+
+    @pytest.mark.parametrize("n", [150_000, 10**6])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_examples_are_spread_over_a_pass(self, n: int, seed: int) -> None:
+        """Twenty parts of the places against twenty parts of the examples: 361 degrees of freedom."""
+        order = order_of(n, seed)
+        cells = torch.arange(n) * 20 // n * 20 + order * 20 // n
+        assert_even(cells.bincount(minlength=400), 361)
+
+    @pytest.mark.parametrize("n", [150_000, 10**6])
+    @pytest.mark.parametrize("gap", [1, 2, 386, 387, 388, 1000])
+    def test_neighbours_have_nothing_in_common(self, n: int, gap: int) -> None:
+        """386 to 388 are about a column of the grid of 150,000 cells; 1000 is one of a million's."""
+        order = order_of(n, 7)
+        left, right = order[:-gap], order[gap:]
+        correlation = np.corrcoef(left.numpy(), right.numpy())[0, 1]
+        assert abs(correlation) < 4 / n**0.5
+        assert_even(((right - left).remainder(n) * 200 // n).bincount(minlength=200), 199)
+        cells = left * 20 // n * 20 + right * 20 // n
+        assert_even(cells.bincount(minlength=400), 361)
+
+    def test_batches_are_samples_of_all(self) -> None:
+        """Of 256 in a row some 26 are of any tenth of the examples; the spread is that of draws without replacement."""
+        n = 200_000
+        tenths = (order_of(n, 3)[: 256 * 781].view(781, 256) * 10 // n).numpy()
+        counts = np.stack([(tenths == k).sum(1) for k in range(10)])
+        assert abs(counts.var() / (256 * 0.1 * 0.9) - 1) < 0.1
+
+    def test_passes_have_nothing_in_common(self) -> None:
+        n = 150_000
+        first, second = order_of(n, 0), order_of(n, 1)
+        assert abs(np.corrcoef(first.numpy(), second.numpy())[0, 1]) < 4 / n**0.5
+        assert int((first == second).sum()) < 8  # one is expected
+
+    def test_every_place_takes_every_example(self) -> None:
+        """Over 2,000 seeds, where the grid is coarsest."""
+        orders = torch.stack([order_of(20, seed) for seed in range(2000)])
+        for place in (0, 7, 19):
+            assert_even(orders[:, place].bincount(minlength=20), 19)
+        assert_even((orders[:, 0] * 20 + orders[:, 1]).bincount(minlength=400)[orders_of_two(20)], 379)
+
+
+def orders_of_two(n: int) -> Tensor:
+    return torch.tensor([a * n + b for a in range(n) for b in range(n) if a != b])
+
+
+def assert_even(counts: Tensor, freedom: int) -> None:
+    """Chi-square against equal counts: its mean is the degrees of freedom, its variance twice that."""
+    expected = counts.double().mean()
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5, chi_square
+
+
 def losses_of(active: ActiveSet, **losses: float) -> None:
     """Record the losses of the named examples (_3=0.5 for the loss of 3)."""
     indices = torch.tensor([int(name[1:]) for name in losses])
@@ -134,6 +270,20 @@ class TestActiveSet:
         losses_of(active, _3=0.01, _1=0.01, _2=0.01)
         active.close_interval(0.1, least=3)
         assert active.mask.tolist() == [True, False, True, True]
+
+    @settings(max_examples=60)
+    @given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(0, 30))
+    def test_those_that_go_are_the_first_by_loss_and_index(self, levels: list[int], least: int) -> None:
+        active = ActiveSet(len(levels))
+        losses = torch.tensor(levels) / 100
+        active.record(torch.arange(len(levels)), losses)
+        learned = sorted((level, i) for i, level in enumerate(levels) if level < 10)
+        room = max(0, len(levels) - least)
+        gone = {i for _, i in learned[:room]}
+        assert active.close_interval(0.095, least) == len(gone)
+        assert active.mask.tolist() == [i not in gone for i in range(len(levels))]
+        assert active.count == len(levels) - len(gone)
+        assert active.stopped == (len(learned) > room)
 
     def test_just_enough_room_is_no_stop(self) -> None:
         active = ActiveSet(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -9,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ActiveSet", "Draws", "Place", "stream"]
+__all__ = ["ActiveSet", "Draws", "Place", "Shuffle", "stream"]
+
+WHOLE = 1 << 17  # examples; up to so many a pass is one random permutation, above it is computed as it is needed
+WINDOW = 8192  # places of a pass computed at a time
+ROUNDS = 8
 
 
 def stream(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -57,16 +62,29 @@ class ActiveSet:
         Returns:
             How many examples were set aside.
         """
-        learned = (self._largest > -torch.inf) & (self._largest < learned_loss) & self.mask
-        candidates = learned.nonzero()[:, 0]
-        room = max(0, self.count - least)
-        if len(candidates) > room:
+        learned = self._largest > -torch.inf
+        learned &= self._largest < learned_loss
+        learned &= self.mask
+        # A sum would first make whole numbers of all, eight bytes each.
+        count, room = int(learned.count_nonzero()), max(0, self.count - least)
+        if count > room:
             self.stopped = True
-            candidates = candidates[self._largest[candidates].argsort(stable=True)[:room]]
-        self.mask[candidates] = False
-        self.count -= len(candidates)
+            count = room
+            self._keep_lowest(learned, room)
+        self.mask &= learned.logical_not_()
+        self.count -= count
         self._largest.fill_(-torch.inf)
-        return len(candidates)
+        return count
+
+    def _keep_lowest(self, learned: Tensor, room: int) -> None:
+        """Clear all but the lowest losses, in place; no list of examples is made, which takes more than they do."""
+        if room == 0:
+            learned.zero_()
+            return
+        bound = float(np.partition(self._largest[learned].numpy(), room - 1)[room - 1])
+        ties = learned & (self._largest == bound)
+        learned &= self._largest < bound
+        learned[ties.nonzero()[: room - int(learned.count_nonzero()), 0]] = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mask and the running interval's losses."""
@@ -76,7 +94,7 @@ class ActiveSet:
         """Restore a state, in place."""
         self.mask.copy_(state["mask"])
         self._largest.copy_(state["largest"])
-        self.count = int(self.mask.sum())
+        self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
 
 
@@ -88,19 +106,63 @@ class Place(NamedTuple):
     put_off: tuple[int, ...]
 
 
+class Shuffle:
+    """A random order of many examples, of which any part can be computed by itself.
+
+    A Feistel network: places are cells of a grid with just over n of them, and each round moves all cells of a
+    row, or a column, by a random distance. Every round can be undone, so together they are a permutation of the
+    cells (Luby and Rackoff, 1988). What lands outside n goes on until it is inside, which leaves a permutation of
+    n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). It holds four random
+    distances for each row and each column, some 8 sqrt(n) numbers in place of n.
+
+    Args:
+        examples: n.
+        generator: draws the distances.
+
+    >>> Shuffle(10, torch.Generator().manual_seed(0))(torch.arange(10)).sort().values
+    tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+
+    def __init__(self, examples: int, generator: torch.Generator) -> None:
+        rows = math.isqrt(examples - 1) + 1
+        self._examples = examples
+        self._sides = rows, -(-examples // rows)
+        self._moves = [
+            torch.randint(self._sides[turn % 2], (self._sides[1 - turn % 2],), generator=generator)
+            for turn in range(ROUNDS)
+        ]
+
+    def __call__(self, places: Tensor) -> Tensor:
+        """Return ``[k]`` examples, those at the places ``[k]``, int64."""
+        found = self._move(places)
+        while len(outside := (found >= self._examples).nonzero()[:, 0]):
+            found[outside] = self._move(found[outside])
+        return found
+
+    def _move(self, cells: Tensor) -> Tensor:
+        columns = self._sides[1]
+        at = [cells // columns, cells % columns]
+        for turn, moves in enumerate(self._moves):
+            moved, still = turn % 2, 1 - turn % 2
+            at[moved] = (at[moved] + moves.index_select(0, at[still])).remainder_(self._sides[moved])
+        return at[0].mul_(columns).add_(at[1])
+
+
 class Draws:
     """Draw distinct active examples through shuffled passes, so that all are seen equally often.
 
     A pass is a permutation of all examples, a function of the seed and the pass's number; the inactive
     ones are passed over. So the place in it is all the state there is. A draw that reaches into the next
-    pass puts off the examples that it already holds.
+    pass puts off the examples that it already holds. Of more than 131,072 examples the permutation is a
+    :class:`Shuffle`: a new pass takes no more time than any draw does, and no memory.
     """
 
     def __init__(self, active: Tensor, seed: int) -> None:
         self.place = Place(0, 0, ())
         self._active = active
         self._seed = seed
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self._shuffle: tuple[int, Shuffle | None] = (-1, None)
+        self._window: tuple[int, int, Tensor] = (-1, 0, torch.empty(0, dtype=torch.int64))
 
     def draw(self, size: int) -> Tensor:
         """Return ``[size]`` distinct active examples. There must be as many."""
@@ -108,12 +170,13 @@ class Draws:
         chosen = torch.tensor(put_off, dtype=torch.int64)
         chosen = chosen[self._active[chosen]]
         later: list[int] = []
-        examples = len(self._active)
+        examples, reach = len(self._active), 4
         while len(chosen) < size:
             if position == examples:
                 number, position = number + 1, 0
             need = size - len(chosen)
-            ahead = self._pass(number)[position : position + 4 * need]
+            ahead = self._ahead(number, position)[: reach * need]
+            reach *= 2  # where few are active
             usable = self._active[ahead].nonzero()[:need, 0]
             position += int(usable[-1]) + 1 if len(usable) == need else len(ahead)
             found = ahead[usable]
@@ -123,8 +186,22 @@ class Draws:
         self.place = Place(number, position, tuple(later))
         return chosen
 
-    def _pass(self, number: int) -> Tensor:
-        if self._order[0] != number:
-            generator = stream(self._seed, "pass", number)
-            self._order = (number, torch.randperm(len(self._active), generator=generator))
-        return self._order[1]
+    def _ahead(self, number: int, position: int) -> Tensor:
+        """Return some of what comes in a pass from a position on, at least one example."""
+        examples = len(self._active)
+        size = examples if examples <= WHOLE else WINDOW
+        start = position // size * size
+        if self._window[:2] != (number, start):
+            self._window = number, start, self._order(number, start, min(start + size, examples))
+        return self._window[2][position - start :]
+
+    def _order(self, number: int, start: int, stop: int) -> Tensor:
+        examples = len(self._active)
+        generator = stream(self._seed, "pass", number)
+        if examples <= WHOLE:
+            return torch.randperm(examples, generator=generator)
+        known, shuffle = self._shuffle
+        if shuffle is None or known != number:
+            shuffle = Shuffle(examples, generator)
+            self._shuffle = number, shuffle
+        return shuffle(torch.arange(start, stop))

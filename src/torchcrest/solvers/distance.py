@@ -44,7 +44,8 @@ def distances(
         right_square = right_square * (g.square().sum(-1) + float(bias))
     # A square root of what is left after cancellation: up to 3e-3 where it should be 0 in float32, so
     # callers that need exact zeros (a medoid and itself) set them.
-    return (left_square.unsqueeze(-1) + right_square.unsqueeze(-2) - 2 * inner).clamp_(min=0).sqrt_()
+    squares = left_square.unsqueeze(-1) + right_square.unsqueeze(-2)
+    return squares.sub_(inner, alpha=2).clamp_(min=0).sqrt_()
 
 
 def _real(x: Tensor) -> Tensor:

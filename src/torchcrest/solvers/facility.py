@@ -18,7 +18,7 @@ from torchcrest.errors import DataError, must
 __all__ = ["facility_location", "greedy", "lazy_greedy"]
 
 LAZY_FROM = 512  # members; below, recomputing all gains is faster than keeping bounds
-BLOCK = 64  # bounds refreshed at a time
+BLOCK = 64  # bounds refreshed at first, at most; eight times as many later
 
 
 def facility_location(similarity: Tensor, budget: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def facility_location(similarity: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         raise DataError(
             must("similarity", "have shape [..., n, n], n at least 1", got, "Compare all members with all.")
         )
-    if similarity.is_complex() or not similarity.isfinite().all():
+    if similarity.is_complex() or not _finite(similarity):
         raise DataError(must("similarity", "hold finite real numbers", "others", "Look for NaN and infinity."))
     n = similarity.shape[-1]
     if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= n:
@@ -59,6 +59,11 @@ def facility_location(similarity: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     sizes = _cluster_sizes(s, rows)
     shape = (*similarity.shape[:-2], budget)
     return rows.reshape(shape), sizes.reshape(shape)
+
+
+def _finite(x: Tensor) -> bool:
+    """Look at the extremes: NaN and infinity are among them, and one pass that stores nothing finds them."""
+    return not x.is_floating_point() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def greedy(similarity: Tensor, budget: int, counts: Tensor | None = None) -> Tensor:
@@ -106,14 +111,14 @@ def _naive(similarity: Tensor, budget: int, barred: Tensor | None) -> Tensor:
 
 def _lazy(similarity: Tensor, budget: int) -> Tensor:
     candidates = similarity.t().contiguous()
-    return lazy_greedy(lambda rows: candidates[rows], similarity.shape[-1], budget, similarity.device)
+    return lazy_greedy(lambda rows: candidates.index_select(0, rows), len(candidates), budget, similarity.device)
 
 
 def lazy_greedy(candidates: Callable[[Tensor], Tensor], n: int, budget: int, device: torch.device) -> Tensor:
     """Pick greedily from one large problem whose similarities need not be held all at once.
 
     Args:
-        candidates: takes ``[k]`` members, returns ``[k, n]``: how well each represents everyone.
+        candidates: takes ``[k]`` members, returns ``[k, n]``, how well each represents everyone, in a new tensor.
         n: members.
         budget: picks.
         device: where the similarities are.
@@ -121,43 +126,58 @@ def lazy_greedy(candidates: Callable[[Tensor], Tensor], n: int, budget: int, dev
     Returns:
         ``[budget]`` int64, the same picks as computing every gain, but for rounding.
     """
+    blocks = torch.arange(n, device=device).split(8 * BLOCK)
     # The first pick has nothing to improve on: it has the largest sum.
-    sums = torch.cat([candidates(block).sum(1) for block in torch.split(torch.arange(n, device=device), 8 * BLOCK)])
-    pick = int(sums.argmax())
-    picks = [pick]
-    best = candidates(torch.tensor([pick], device=device))[0]
-    bounds = torch.full_like(sums, torch.inf)
-    while len(picks) < budget:
-        bounds[pick] = -torch.inf
-        pick = _best_candidate(candidates, best, bounds)
+    sums = torch.cat([candidates(block).sum(1) for block in blocks])
+    picks = [int(sums.argmax())]
+    if budget == 1:
+        return torch.tensor(picks, device=device)
+    best = candidates(torch.tensor(picks, device=device))[0]
+    # Sums bound no gains, so the second pick needs all of them. From there on gains only ever shrink.
+    bounds = torch.cat([_gains(candidates, best, block) for block in blocks])
+    bounds[picks[0]] = -torch.inf
+    pick = int(bounds.argmax())
+    while True:
         picks.append(pick)
+        if len(picks) == budget:
+            return torch.tensor(picks, device=device)
+        bounds[pick] = -torch.inf
         best = torch.maximum(best, candidates(torch.tensor([pick], device=device))[0])
-    return torch.tensor(picks, device=device)
+        pick = _best_candidate(candidates, best, bounds, n - len(picks))
 
 
-def _best_candidate(candidates: Callable[[Tensor], Tensor], best: Tensor, bounds: Tensor) -> int:
-    """Refresh the largest bounds, in place, until no stale one can win. Gains only ever shrink."""
-    ordered, order = bounds.sort(descending=True, stable=True)
-    top_gain, top = -torch.inf, -1
-    start, stop = 0, BLOCK
-    while start < len(order):
-        block = order[start:stop]
-        gains = (candidates(block) - best).clamp_(min=0).sum(1)
-        gains.masked_fill_(ordered[start:stop] == -torch.inf, -torch.inf)
-        bounds[block] = gains
-        gain = float(gains.max())
-        # Equal gains: the lowest index, whatever the order of the bounds.
-        first = int(block[gains == gain].min())
-        if gain > top_gain or (gain == top_gain and first < top):
-            top_gain, top = gain, first
-        if stop >= len(order):
-            break
-        bound, member = float(ordered[stop]), int(order[stop])
-        if bound < top_gain or (bound == top_gain and member > top):
-            break
-        # Where every bound is still infinite all must be refreshed: larger blocks, fewer calls.
-        start, stop = stop, stop + (8 * BLOCK if bound == torch.inf else BLOCK)
-    return top
+def _gains(candidates: Callable[[Tensor], Tensor], best: Tensor, rows: Tensor) -> Tensor:
+    return candidates(rows).sub_(best).clamp_(min=0).sum(1)
+
+
+def _best_candidate(candidates: Callable[[Tensor], Tensor], best: Tensor, bounds: Tensor, left: int) -> int:
+    """Refresh the largest bounds, in place, until no stale one can win; only those left have one."""
+    size = min(BLOCK, max(8, len(bounds) // BLOCK), left)
+    ordered, order = bounds.topk(min(size + 1, left))
+    # Ascending, because of equal gains the first is found. What is equal to the last may be anywhere.
+    block, rest = order[:size].sort().values, float(ordered[-1]) if size < left else -torch.inf
+    top_gain, top = -torch.inf, len(bounds)
+    stale: Tensor | None = None
+    while True:
+        gains = _gains(candidates, best, block)
+        bounds.index_copy_(0, block, gains)
+        most, place = gains.max(0)
+        gain, member = float(most), int(block[place])
+        if gain > top_gain or (gain == top_gain and member < top):
+            top_gain, top = gain, member
+        if rest < top_gain:
+            return top
+        stale = bounds.clone() if stale is None else stale
+        stale.index_fill_(0, block, -torch.inf)
+        rivals = stale >= top_gain
+        rivals[top:] &= stale[top:] > top_gain
+        block = rivals.nonzero()[:, 0]
+        if not len(block):
+            return top
+        # The larger the bound, the likelier its member wins and spares the others the work.
+        size = min(2 * size, 8 * BLOCK)
+        if len(block) > size:
+            block = block[stale[block].sort(descending=True, stable=True).indices[:size]].sort().values
 
 
 def _cluster_sizes(similarity: Tensor, rows: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def medoids(
         else:
             full = bool(inside.all())
             count = None if full else torch.from_numpy(counts[group]).to(flat.device)
-            picks = greedy(-_between(flat[rows], f, bias), quota, count)
+            similarity = _between(flat[rows], f, bias).neg_()
+            # Distances are symmetric; turned, they lie in memory as the lazy way goes through them.
+            picks = greedy(similarity if width < LAZY_FROM else similarity.mT, quota, count)
         wanted = torch.arange(picks.shape[1], device=flat.device) < torch.from_numpy(quotas[group, None]).to(
             flat.device
         )
