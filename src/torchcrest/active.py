@@ -35,17 +35,18 @@ class ActiveSet:
     Attributes:
         mask: ``[examples]`` bool, True for those still drawn.
         stopped: exclusion came to its end because pools need the examples that are left.
+        largest: ``[examples]`` largest loss measured in the running interval; -inf: none.
     """
 
     def __init__(self, examples: int) -> None:
         self.mask = torch.ones(examples, dtype=torch.bool)
         self.count = examples
         self.stopped = False
-        self._largest = torch.full((examples,), -torch.inf)
+        self.largest = torch.full((examples,), -torch.inf)
 
     def record(self, indices: Tensor, losses: Tensor) -> None:
         """Note the losses ``[n]`` of the examples ``[n]`` (distinct ones)."""
-        self._largest[indices] = torch.maximum(self._largest[indices], losses.detach().float().cpu())
+        self.largest[indices] = torch.maximum(self.largest[indices], losses.detach().float().cpu())
 
     def close_interval(self, learned_loss: float, least: int) -> int:
         """End an interval: set aside what was learned in it.
@@ -57,25 +58,25 @@ class ActiveSet:
         Returns:
             How many examples were set aside.
         """
-        learned = (self._largest > -torch.inf) & (self._largest < learned_loss) & self.mask
+        learned = (self.largest > -torch.inf) & (self.largest < learned_loss) & self.mask
         candidates = learned.nonzero()[:, 0]
         room = max(0, self.count - least)
         if len(candidates) > room:
             self.stopped = True
-            candidates = candidates[self._largest[candidates].argsort(stable=True)[:room]]
+            candidates = candidates[self.largest[candidates].argsort(stable=True)[:room]]
         self.mask[candidates] = False
         self.count -= len(candidates)
-        self._largest.fill_(-torch.inf)
+        self.largest.fill_(-torch.inf)
         return len(candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mask and the running interval's losses."""
-        return {"mask": self.mask.clone(), "largest": self._largest.clone(), "stopped": self.stopped}
+        return {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state, in place."""
         self.mask.copy_(state["mask"])
-        self._largest.copy_(state["largest"])
+        self.largest.copy_(state["largest"])
         self.count = int(self.mask.sum())
         self.stopped = bool(state["stopped"])
 
@@ -91,19 +92,23 @@ class Place(NamedTuple):
 class Draws:
     """Draw distinct active examples through shuffled passes, so that all are seen equally often.
 
+    Several ranks draw together, and each keeps its share: with all their draws they go through the same passes.
+
     A pass is a permutation of all examples, a function of the seed and the pass's number; the inactive
     ones are passed over. So the place in it is all the state there is. A draw that reaches into the next
     pass puts off the examples that it already holds.
     """
 
-    def __init__(self, active: Tensor, seed: int) -> None:
+    def __init__(self, active: Tensor, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.place = Place(0, 0, ())
+        self._rank, self._ranks = rank, ranks
         self._active = active
         self._seed = seed
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
 
     def draw(self, size: int) -> Tensor:
-        """Return ``[size]`` distinct active examples. There must be as many."""
+        """Return ``[size]`` distinct active examples, no other rank's among them. There must be enough for all."""
+        size *= self._ranks
         number, position, put_off = self.place
         chosen = torch.tensor(put_off, dtype=torch.int64)
         chosen = chosen[self._active[chosen]]
@@ -121,7 +126,7 @@ class Draws:
             later += found[again].tolist()
             chosen = torch.cat([chosen, found[~again]])
         self.place = Place(number, position, tuple(later))
-        return chosen
+        return chosen[self._rank :: self._ranks]
 
     def _pass(self, number: int) -> Tensor:
         if self._order[0] != number:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchcrest import tree
 from torchcrest.active import ActiveSet, Draws, Place, stream
 from torchcrest.config import CrestConfig
+from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import Meter, device_of
@@ -58,6 +59,17 @@ class Crest(Passes):
         timeout: seconds to wait for a pool.
         worker_init_fn: called in each worker with its number.
         multiprocessing_context: how workers are started.
+        process_group: the processes that train the model together; None: all, where ``torch.distributed`` is
+            initialised.
+
+    Where several processes train together (``torchrun``), nothing has to be switched on. Build it on every rank with
+    the same arguments, the model wrapped in DistributedDataParallel or sharded by ``fully_shard``. Each rank gets
+    batches from its own shard of the passes, ``steps`` and ``batch_size`` are a rank's, and all go through the same
+    regions and set the same examples aside. ``stats`` and ``indices`` are this rank's. Each rank saves and loads a
+    state of its own. An error in one rank's selection ends all with :class:`torchcrest.RankError`. Compiled models
+    are measured compiled as ``DistributedDataParallel(torch.compile(model))``, eagerly the other way round. For the
+    quadratic model, ``fully_shard`` gathers the whole model on each rank once a region; ``check="none"`` with
+    ``curvature="first_order"`` does without it.
 
     Raises:
         ConfigError: settings that cannot work, all of them named.
@@ -83,11 +95,14 @@ class Crest(Passes):
         timeout: float = 0,
         worker_init_fn: Callable[[int], None] | None = None,
         multiprocessing_context: Any = None,
+        process_group: Any = None,
     ) -> None:
         config = CrestConfig() if config is None else config
         examples = examples_in(dataset)
-        _refuse(model, config, examples, last_layer)
+        self._ranks = Ranks(lambda: device_of(model), process_group)
+        _refuse(model, config, examples, last_layer, self._ranks.size)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
+        self._ranks.agree(model, {"examples": examples, "steps": steps, "seed": seed, **config.to_dict()})
         self.config = config
         self._meter = Meter(
             model,
@@ -106,7 +121,8 @@ class Crest(Passes):
             worker_init_fn,
             multiprocessing_context,
         )
-        self._feed = Feed(dataset, Draws(self._active.mask, seed), config.pool_size, reading, seed)
+        draws = Draws(self._active.mask, seed, self._ranks.rank, self._ranks.size)
+        self._feed = Feed(dataset, draws, config.pool_size, reading, seed + self._ranks.rank)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
         self._region: Region | None = None
@@ -118,11 +134,12 @@ class Crest(Passes):
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:
-        fresh = self._check() if self._region and self._step >= self._region.check_at else None
-        if self.config.exclude and self._step and self._step % self._learned_steps == 0:
-            self._exclude()
-        if self._region is None:
-            self._region = self._begin_region(fresh)
+        with self._ranks.guard():
+            fresh = self._check() if self._region and self._step >= self._region.check_at else None
+            if self.config.exclude and self._step and self._step % self._learned_steps == 0:
+                self._exclude()
+            if self._region is None:
+                self._region = self._begin_region(fresh)
         coreset = self._region.pick(self._step, self._seed)  # step 5
         # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
         return WeightedBatch(tree.clone(coreset.data), coreset.weights.clone()), coreset.indices
@@ -150,29 +167,32 @@ class Crest(Passes):
                 pool = self._measure()
                 region.check_indices, region.check_data = pool.indices, pool.data
                 loss = float(pool.losses.mean(dtype=torch.float64))
-        if config.check == "paired" or config.curvature != "first_order":
-            with self._timed("curvature"):
+        modelled = config.check == "paired" or config.curvature != "first_order"
+        with self._timed("curvature"):
+            if modelled:
                 self._model_loss(coresets, region.number)
-                self._adapt_interval()
-        if loss is not None:
-            self._quadratic.anchor(region.parameters, loss)
+            if loss is not None:
+                self._quadratic.anchor(region.parameters, loss)
+            norms = self._quadratic.gradient_norm(), self._quadratic.curvature_norm()
+            mean, gradient_norm, curvature_norm = self._ranks.average(loss or 0.0, norms=norms)
+            if modelled:
+                self._adapt_interval(curvature_norm)
         self.stats.regions += 1
         self._log(
             "region",
             region=region.number,
             coresets=count,
             interval=interval,
-            loss=loss,
-            gradient_norm=self._quadratic.gradient_norm(),
-            curvature_norm=self._quadratic.curvature_norm(),
+            loss=None if loss is None else mean,
+            gradient_norm=gradient_norm,
+            curvature_norm=curvature_norm,
             active=self.stats.active,
         )
         return region
 
     def _measure(self) -> Pool:
         """Draw the next pool and measure it (steps 1 and 2)."""
-        indices, data = self._feed.next()
-        return self._record(self._meter.measure(indices, data))
+        return self._record(*self._feed.next())
 
     def _select(self, pools: list[Pool]) -> list[Coreset]:
         """Pick a coreset from each pool, all together (step 3)."""
@@ -206,8 +226,10 @@ class Crest(Passes):
         curvature: list[Tensor] = []
         for k, coreset in enumerate(used):
             first_order = self.config.curvature == "first_order"
-            generator = None if first_order else stream(self._seed, "signs", region, k, device=device)
-            g, h = self._meter.differentiate(coreset, generator)
+            key = k * self._ranks.size + self._ranks.rank
+            generator = None if first_order else stream(self._seed, "signs", region, key, device=device)
+            with self._ranks.forward():
+                g, h = self._meter.differentiate(coreset, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
         self.stats.examples_forwarded = self._meter.forwarded
@@ -215,7 +237,7 @@ class Crest(Passes):
         if [id(p) for p in parameters] != [id(p) for p in self._modelled]:
             self._quadratic.restart()
         self._modelled = parameters
-        self._quadratic.update(gradient, curvature)
+        self._quadratic.update(self._ranks.spread(gradient, parameters), self._ranks.spread(curvature, parameters))
 
     def _check(self) -> Pool | None:
         """Compare the model with the loss on the check set (step 6).
@@ -229,9 +251,9 @@ class Crest(Passes):
             self._region = None
             return None
         with self._timed("checking"):
-            pool = self._record(self._meter.measure(region.check_indices, region.check_data))
+            pool = self._record(region.check_indices, region.check_data)
             loss = float(pool.losses.mean(dtype=torch.float64))
-            predicted = self._quadratic.predict(region.parameters)
+            predicted, loss = self._ranks.average(self._quadratic.predict(region.parameters), loss)
         rho = relative_error(predicted, loss)
         passed = rho <= self.config.tolerance
         self.stats.checks += 1
@@ -242,9 +264,8 @@ class Crest(Passes):
         self._region = None
         return pool
 
-    def _adapt_interval(self) -> None:
-        """Stretch the interval as the curvature falls (step 7)."""
-        norm = self._quadratic.curvature_norm()
+    def _adapt_interval(self, norm: float) -> None:
+        """Stretch the interval as the curvature's norm falls (step 7)."""
         if self._first_curvature is None:
             self._first_curvature = norm
         if norm > 0:
@@ -255,12 +276,14 @@ class Crest(Passes):
 
         Coresets that the region holds are still trained on; set-aside examples are no longer drawn.
         """
-        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size)
+        self._ranks.maximise(self._active.largest)
+        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size * self._ranks.size)
         if self._active.stopped:
+            needs = "needs" if self._ranks.size == 1 else f"on each of {self._ranks.size} ranks needs"
             self._warn_once(
                 "exclusion",
                 f"Exclusion has stopped: the {self._active.count} examples that are left are what a pool of "
-                f"pool_size = {self.config.pool_size} needs. The rest is learned; use a smaller pool_size to go on.",
+                f"pool_size = {self.config.pool_size} {needs}. The rest is learned; use a smaller pool_size to go on.",
             )
         self.stats.active = self._active.count
         if excluded:
@@ -269,14 +292,35 @@ class Crest(Passes):
 
     # Book-keeping ----------------------------------------------------------------------------------------
 
-    def _record(self, pool: Pool) -> Pool:
-        """Refuse losses that are not finite; note the others for exclusion."""
+    def _record(self, indices: Tensor, data: Any) -> Pool:
+        """Measure a pool; refuse losses that are not finite, note the others for exclusion."""
+        with self._ranks.forward():
+            pool = self._meter.measure(indices, data)
         self._refuse_non_finite(pool)
         self._active.record(pool.indices, pool.losses)
         self.stats.examples_forwarded = self._meter.forwarded
         return pool
 
     # Stop and resume -------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Carry on the run that made the state; the next ``iter()`` finishes its pass.
+
+        Where several processes train together, each must load the state that it saved.
+
+        Raises:
+            CheckpointError: the state is no such state, or was made with other data, settings or processes.
+        """
+        with self._ranks.guard():
+            super().load_state_dict(state)
+            self._ranks.refuse_other_step(self._step)
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), **self._ranks.identity()}
+
+    def _refuse_foreign(self, state: Any) -> None:
+        super()._refuse_foreign(state)
+        self._ranks.refuse_foreign(state)
 
     def _settings(self) -> dict[str, Any]:
         return self.config.to_dict()
@@ -311,7 +355,7 @@ def _added(total: list[Tensor], terms: list[Tensor], share: float) -> list[Tenso
     return [t.add_(term, alpha=share) for t, term in zip(total, terms, strict=True)]
 
 
-def _refuse(model: Any, config: Any, examples: int, last_layer: Any) -> None:
+def _refuse(model: Any, config: Any, examples: int, last_layer: Any, ranks: int) -> None:
     """Refuse what cannot work, before anything is read."""
     problems = []
     if not isinstance(model, nn.Module):
@@ -321,8 +365,8 @@ def _refuse(model: Any, config: Any, examples: int, last_layer: Any) -> None:
     if not isinstance(config, CrestConfig):
         do = "Write CrestConfig(batch_size=..., pool_size=...)."
         problems.append(must("config", "be a CrestConfig", type(config).__name__, do))
-    elif config.pool_size > examples:
-        want = f"be at most the {examples} examples of the data set"
+    elif config.pool_size * ranks > examples:
+        want = f"be at most the {examples} examples of the data set" + (f" over {ranks} ranks" if ranks > 1 else "")
         problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
     if last_layer is not None and not isinstance(last_layer, nn.Linear):
         problems.append(must("last_layer", "be a torch.nn.Linear", type(last_layer).__name__, "Or leave it out."))

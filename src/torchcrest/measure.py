@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcrest import quadratic, tree
 from torchcrest.config import MeasureMode
+from torchcrest.distributed import reshard, unwrapped, whole_parameters
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
@@ -88,7 +89,7 @@ class Meter:
         whole_layer: bool,
         last_layer: nn.Linear | None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.objective = objective
         self.mode: MeasureMode = mode
         self.forwarded = 0
@@ -96,8 +97,8 @@ class Meter:
         self._last_layer = last_layer
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Return the trainable parameters, sharded ones as the optimizer knows them."""
+        return [p for p in reshard(self.model).parameters() if p.requires_grad]
 
     def measure(self, indices: Tensor, data: Any) -> Pool:
         """Forward a pool once and return its losses, proxy gradients and labels.
@@ -115,6 +116,7 @@ class Meter:
                 caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
                 # A model may change its input in place; the pool is still to be trained on.
                 outputs = self.objective.outputs(self.model, tree.clone(data))
+                reshard(self.model)
             if outputs.dim() == 0 or len(outputs) != r:
                 raise DataError(
                     must(
@@ -147,7 +149,7 @@ class Meter:
         return Pool(indices, data, losses.detach(), flat, features, bias, labels, outputs.detach())
 
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
+        """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, whole, in the same mode.
 
         Runs the eager module with the attention that has a second derivative.
         """
@@ -166,7 +168,8 @@ class Meter:
             if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             try:
-                result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+                parameters = stack.enter_context(whole_parameters(model))
+                result = quadratic.gradient_and_curvature(loss, parameters, generator)
             except RuntimeError as error:
                 if generator is None or "derivative" not in str(error):
                     raise
