@@ -94,8 +94,9 @@ class Ranks:
     def _scattered(self, tensor: Tensor, like: Any) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial
 
-        self.collectives += 1
-        self.bytes += tensor.nbytes
+        if self.size > 1:
+            self.collectives += 1
+            self.bytes += tensor.nbytes
         parts = DTensor.from_local(tensor / self.size, like.device_mesh, [Partial()] * like.device_mesh.ndim)
         return parts.redistribute(placements=like.placements)
 
