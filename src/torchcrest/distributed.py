@@ -104,7 +104,7 @@ class Ranks:
 
     @contextmanager
     def guard(self, tell: bool = True) -> Iterator[None]:
-        """Tell the others of an error inside. All ranks must come to an exchange next, each its own number of times.
+        """Tell the others of an error inside, at the exchange that they come to next; there must be one.
 
         Args:
             tell: False where the others wait in the model's own collectives, so that this rank can only end.
