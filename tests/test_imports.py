@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", 
 
 LEVELS = [
     {"errors", "checks", "types", "tree", "config"},
-    {"objectives", "solvers", "quadratic", "active"},
+    {"objectives", "solvers", "quadratic", "active", "distributed"},
     {"measure", "feed"},
     {"passes", "region", "crest", "baselines"},
     {"train"},

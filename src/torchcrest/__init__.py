@@ -13,7 +13,7 @@ from torchcrest.baselines import (
 )
 from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
-from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, TorchcrestError
+from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, RankError, TorchcrestError
 from torchcrest.objectives import Classification, Objective, Regression
 from torchcrest.solvers import coreset, facility_location
 from torchcrest.types import BatchLoader, Stats, WeightedBatch
@@ -38,6 +38,7 @@ __all__ = [
     "NonFiniteLossError",
     "Objective",
     "RandomBatches",
+    "RankError",
     "Regression",
     "Stats",
     "TorchcrestError",

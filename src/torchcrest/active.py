@@ -40,17 +40,18 @@ class ActiveSet:
     Attributes:
         mask: ``[examples]`` bool, True for those still drawn.
         stopped: exclusion came to its end because pools need the examples that are left.
+        largest: ``[examples]`` largest loss measured in the running interval; -inf: none.
     """
 
     def __init__(self, examples: int) -> None:
         self.mask = torch.ones(examples, dtype=torch.bool)
         self.count = examples
         self.stopped = False
-        self._largest = torch.full((examples,), -torch.inf)
+        self.largest = torch.full((examples,), -torch.inf)
 
     def record(self, indices: Tensor, losses: Tensor) -> None:
         """Note the losses ``[n]`` of the examples ``[n]`` (distinct ones)."""
-        self._largest[indices] = torch.maximum(self._largest[indices], losses.detach().float().cpu())
+        self.largest[indices] = torch.maximum(self.largest[indices], losses.detach().float().cpu())
 
     def close_interval(self, learned_loss: float, least: int) -> int:
         """End an interval: set aside what was learned in it.
@@ -62,8 +63,8 @@ class ActiveSet:
         Returns:
             How many examples were set aside.
         """
-        learned = self._largest > -torch.inf
-        learned &= self._largest < learned_loss
+        learned = self.largest > -torch.inf
+        learned &= self.largest < learned_loss
         learned &= self.mask
         # A sum would first make whole numbers of all, eight bytes each.
         count, room = int(learned.count_nonzero()), max(0, self.count - least)
@@ -73,7 +74,7 @@ class ActiveSet:
             self._keep_lowest(learned, room)
         self.mask &= learned.logical_not_()
         self.count -= count
-        self._largest.fill_(-torch.inf)
+        self.largest.fill_(-torch.inf)
         return count
 
     def _keep_lowest(self, learned: Tensor, room: int) -> None:
@@ -81,19 +82,19 @@ class ActiveSet:
         if room == 0:
             learned.zero_()
             return
-        bound = float(np.partition(self._largest[learned].numpy(), room - 1)[room - 1])
-        ties = learned & (self._largest == bound)
-        learned &= self._largest < bound
+        bound = float(np.partition(self.largest[learned].numpy(), room - 1)[room - 1])
+        ties = learned & (self.largest == bound)
+        learned &= self.largest < bound
         learned[ties.nonzero()[: room - int(learned.count_nonzero()), 0]] = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mask and the running interval's losses."""
-        return {"mask": self.mask.clone(), "largest": self._largest.clone(), "stopped": self.stopped}
+        return {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state, in place."""
         self.mask.copy_(state["mask"])
-        self._largest.copy_(state["largest"])
+        self.largest.copy_(state["largest"])
         self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
 
@@ -151,21 +152,25 @@ class Shuffle:
 class Draws:
     """Draw distinct active examples through shuffled passes, so that all are seen equally often.
 
+    Several ranks draw together, and each keeps its share: with all their draws they go through the same passes.
+
     A pass is a permutation of all examples, a function of the seed and the pass's number; the inactive
     ones are passed over. So the place in it is all the state there is. A draw that reaches into the next
     pass puts off the examples that it already holds. Of more than 131,072 examples the permutation is a
     :class:`Shuffle`: a new pass takes no more time than any draw does, and no memory.
     """
 
-    def __init__(self, active: Tensor, seed: int) -> None:
+    def __init__(self, active: Tensor, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.place = Place(0, 0, ())
+        self._rank, self._ranks = rank, ranks
         self._active = active
         self._seed = seed
         self._shuffle: tuple[int, Shuffle | None] = (-1, None)
         self._window: tuple[int, int, Tensor] = (-1, 0, torch.empty(0, dtype=torch.int64))
 
     def draw(self, size: int) -> Tensor:
-        """Return ``[size]`` distinct active examples. There must be as many."""
+        """Return ``[size]`` distinct active examples, no other rank's among them. There must be enough for all."""
+        size *= self._ranks
         number, position, put_off = self.place
         chosen = torch.tensor(put_off, dtype=torch.int64)
         chosen = chosen[self._active[chosen]]
@@ -184,7 +189,7 @@ class Draws:
             later += found[again].tolist()
             chosen = torch.cat([chosen, found[~again]])
         self.place = Place(number, position, tuple(later))
-        return chosen
+        return chosen[self._rank :: self._ranks]
 
     def _ahead(self, number: int, position: int) -> Tensor:
         """Return some of what comes in a pass from a position on, at least one example."""

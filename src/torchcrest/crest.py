@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchcrest import tree
 from torchcrest.active import ActiveSet, Draws, Place, stream
 from torchcrest.config import CrestConfig, steps_of
+from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import How, Meter, device_of, synchronize
@@ -64,6 +65,17 @@ class Crest(Passes):
         timeout: seconds to wait for a pool.
         worker_init_fn: called in each worker with its number.
         multiprocessing_context: how workers are started.
+        process_group: the processes that train the model together; None: all, where ``torch.distributed`` is
+            initialised.
+
+    Where several processes train together (``torchrun``), nothing has to be switched on. Build it on every rank with
+    the same arguments, the model wrapped in DistributedDataParallel or sharded by ``fully_shard``. Each rank gets
+    batches from its own shard of the passes, ``steps`` and ``batch_size`` are a rank's, and all go through the same
+    regions and set the same examples aside. ``stats`` and ``indices`` are this rank's. Each rank saves and loads a
+    state of its own. An error in one rank's selection ends all with :class:`torchcrest.RankError`. Compiled models
+    are measured compiled as ``DistributedDataParallel(torch.compile(model))``, eagerly the other way round. For the
+    quadratic model, ``fully_shard`` gathers the whole model on each rank once a region; ``check="none"`` with
+    ``curvature="first_order"`` does without it.
 
     Raises:
         ConfigError: settings that cannot work, all of them named.
@@ -91,11 +103,17 @@ class Crest(Passes):
         timeout: float = 0,
         worker_init_fn: Callable[[int], None] | None = None,
         multiprocessing_context: Any = None,
+        process_group: Any = None,
     ) -> None:
         config = CrestConfig() if config is None else config
         examples = examples_in(dataset)
-        _refuse(model, config, examples, last_layer, proxy_model)
+        self._ranks = Ranks(lambda: device_of(model), process_group)
+        _refuse(model, config, examples, last_layer, proxy_model, self._ranks.size)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
+        self._ranks.agree(model, {"examples": examples, "steps": steps, "seed": seed, **config.to_dict()})
+        if self._ranks.sharded and config.proxy_source == "history":
+            want = "be another than 'history' for a sharded model, whose ranks must all forward as many examples"
+            raise ConfigError(must("proxy_source", want, config.proxy_source, "Use 'forward'."))
         self.config = config
         objective = as_objective(objective)
         how = _how(config, device_of(model))
@@ -112,7 +130,8 @@ class Crest(Passes):
             worker_init_fn,
             multiprocessing_context,
         )
-        self._feed = Feed(dataset, Draws(self._active.mask, seed), config.pool_size, reading, seed)
+        draws = Draws(self._active.mask, seed, self._ranks.rank, self._ranks.size)
+        self._feed = Feed(dataset, draws, config.pool_size, reading, seed + self._ranks.rank)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
         self._region: Region | None = None
@@ -149,16 +168,18 @@ class Crest(Passes):
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:
         self._clock.asked()
         region, fresh = self._region, None
-        if region is None or self._step >= min(region.check_at, region.renew_at or region.check_at):
-            self._enter_steps()
-        if region and self._step >= region.check_at:
-            fresh = self._check()
-        if self.config.exclude and self._step and self._step % self._learned_steps == 0:
-            self._exclude()
-        if self._region is None:
-            self._region = self._begin_region(fresh)
-        elif self._region.renew_at is not None and self._step >= self._region.renew_at:
-            self._pick(self._region, fresh)
+        with self._ranks.guard():
+            if region is None or self._step >= min(region.check_at, region.renew_at or region.check_at):
+                self._enter_steps()
+            if region and self._step >= region.check_at:
+                fresh = self._check()
+            if self.config.exclude and self._step and self._step % self._learned_steps == 0:
+                self._exclude()
+            if self._region is None:
+                self._region = self._begin_region(fresh)
+            elif self._region.renew_at is not None and self._step >= self._region.renew_at:
+                self._pick(self._region, fresh)
+                self._ranks.average()  # so that a rank that fails here can say so
         coreset = self._region.pick(self._step, self._seed)  # step 5
         batch = WeightedBatch(coreset.data, coreset.weights)
         if self._region.renew_at is None:
@@ -176,7 +197,7 @@ class Crest(Passes):
         config = self.config
         # P and the interval both follow the curvature that was known before this region's coresets were.
         interval = int(min(max(self._interval, 1), config.max_interval))
-        interval = self._budget.stretched(interval, config.max_interval)
+        interval = self._agreed(self._budget.stretched(interval, config.max_interval))
         region = Region(
             number=self.stats.regions,
             begun=self._step,
@@ -193,21 +214,25 @@ class Crest(Passes):
                 pool = self._measure_check(*self._feed.next())
                 region.check_indices, region.check_data = pool.indices, pool.data
                 loss = float(pool.losses.mean(dtype=torch.float64))
-        if config.check == "paired" or config.curvature != "first_order":
-            with self._charged("curvature"):
+        modelled = config.check == "paired" or config.curvature != "first_order"
+        with self._charged("curvature", int(modelled)):
+            if modelled:
                 self._model_loss(region.coresets, region.number)
-                self._adapt_interval()
-        if loss is not None:
-            self._quadratic.anchor(region.parameters, loss)
+            if loss is not None:
+                self._quadratic.anchor(region.parameters, loss)
+            norms = self._quadratic.gradient_norm(), self._quadratic.curvature_norm()
+            mean, gradient_norm, curvature_norm = self._ranks.average(loss or 0.0, norms=norms)
+            if modelled:
+                self._adapt_interval(curvature_norm)
         self.stats.regions += 1
         self._log(
             "region",
             region=region.number,
             coresets=sum(coreset.picked for coreset in region.coresets),
             interval=interval,
-            loss=loss,
-            gradient_norm=self._quadratic.gradient_norm(),
-            curvature_norm=self._quadratic.curvature_norm(),
+            loss=None if loss is None else mean,
+            gradient_norm=gradient_norm,
+            curvature_norm=curvature_norm,
             active=self.stats.active,
         )
         return region
@@ -222,7 +247,7 @@ class Crest(Passes):
         renewed = config.renew is not None
         steps = region.interval if config.renew is None else min(config.renew, region.check_at - self._step)
         wanted = min(math.ceil(config.coresets_per_step * steps), steps if renewed else config.max_coresets)
-        count = self._budget.affordable("selecting", wanted, steps)
+        count = self._agreed(self._budget.affordable("selecting", wanted, steps))
         if fresh or not renewed:
             count = max(1, count)
         coresets: list[Coreset] = []
@@ -255,7 +280,8 @@ class Crest(Passes):
 
     def _measure(self, indices: Tensor, data: Any) -> Pool:
         """Measure a pool for selection, by whatever gives the proxy gradients (step 2)."""
-        pool, rows = self._source.measure(self._step, indices, data)
+        with self._ranks.forward():
+            pool, rows = self._source.measure(self._step, indices, data)
         if rows is not None:  # the other losses are old, or not the model's
             self._unseen.append((indices[rows], pool.losses[rows.to(pool.losses.device)]))
         else:
@@ -264,7 +290,8 @@ class Crest(Passes):
 
     def _measure_check(self, indices: Tensor, data: Any) -> Pool:
         """Measure a check set, always with the model itself."""
-        pool = self._meter.measure(indices, data)
+        with self._ranks.forward():
+            pool = self._meter.measure(indices, data)
         self._unseen.append((indices, pool.losses))
         self._look()
         assert pool.outputs is not None
@@ -314,15 +341,17 @@ class Crest(Passes):
         curvature: list[Tensor] = []
         for k, coreset in enumerate(used):
             first_order = self.config.curvature == "first_order"
-            generator = None if first_order else stream(self._seed, "signs", region, k, device=device)
-            g, h = self._meter.differentiate(coreset, generator)
+            key = k * self._ranks.size + self._ranks.rank
+            generator = None if first_order else stream(self._seed, "signs", region, key, device=device)
+            with self._ranks.forward():
+                g, h = self._meter.differentiate(coreset, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
         parameters = self._meter.parameters()
         if [id(p) for p in parameters] != [id(p) for p in self._modelled]:
             self._quadratic.restart()
         self._modelled = parameters
-        self._quadratic.update(gradient, curvature)
+        self._quadratic.update(self._ranks.spread(gradient, parameters), self._ranks.spread(curvature, parameters))
 
     def _check(self) -> Pool | None:
         """Compare the model with the loss on the check set (step 6).
@@ -338,7 +367,7 @@ class Crest(Passes):
         with self._charged("checking"):
             pool = self._measure_check(region.check_indices, region.check_data)
             loss = float(pool.losses.mean(dtype=torch.float64))
-            predicted = self._quadratic.predict(region.parameters)
+            predicted, loss = self._ranks.average(self._quadratic.predict(region.parameters), loss)
         rho = relative_error(predicted, loss)
         passed = rho <= self.config.tolerance
         self.stats.checks += 1
@@ -349,9 +378,8 @@ class Crest(Passes):
             self._region = None
         return pool
 
-    def _adapt_interval(self) -> None:
-        """Stretch the interval as the curvature falls (step 7)."""
-        norm = self._quadratic.curvature_norm()
+    def _adapt_interval(self, norm: float) -> None:
+        """Stretch the interval as the curvature's norm falls (step 7)."""
         if self._first_curvature is None:
             self._first_curvature = norm
         if norm > 0:
@@ -362,17 +390,23 @@ class Crest(Passes):
 
         Coresets that the region holds are still trained on; set-aside examples are no longer drawn.
         """
-        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size)
+        self._ranks.maximise(self._active.largest)
+        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size * self._ranks.size)
         if self._active.stopped:
+            needs = "needs" if self._ranks.size == 1 else f"on each of {self._ranks.size} ranks needs"
             self._warn_once(
                 "exclusion",
                 f"Exclusion has stopped: the {self._active.count} examples that are left are what a pool of "
-                f"pool_size = {self.config.pool_size} needs. The rest is learned; use a smaller pool_size to go on.",
+                f"pool_size = {self.config.pool_size} {needs}. The rest is learned; use a smaller pool_size to go on.",
             )
         self.stats.active = self._active.count
         if excluded:
             self._feed.redraw()
         self._log("exclude", excluded=excluded, active=self._active.count)
+
+    def _agreed(self, number: int) -> int:
+        """Return a number that every rank goes by: the clock may have told them different ones."""
+        return int(self._ranks.average(float(number))[0])
 
     # Book-keeping ----------------------------------------------------------------------------------------
 
@@ -410,6 +444,25 @@ class Crest(Passes):
             self._budget.train(cost, steps)
 
     # Stop and resume -------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Carry on the run that made the state; the next ``iter()`` finishes its pass.
+
+        Where several processes train together, each must load the state that it saved.
+
+        Raises:
+            CheckpointError: the state is no such state, or was made with other data, settings or processes.
+        """
+        with self._ranks.guard():
+            super().load_state_dict(state)
+            self._ranks.refuse_other_step(self._step)
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), **self._ranks.identity()}
+
+    def _refuse_foreign(self, state: Any) -> None:
+        super()._refuse_foreign(state)
+        self._ranks.refuse_foreign(state)
 
     def _settings(self) -> dict[str, Any]:
         return self.config.to_dict()
@@ -469,7 +522,7 @@ def _how(config: CrestConfig, device: torch.device) -> How:
     return How(config.measure_mode, dtype, config.channels_last, together)
 
 
-def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model: Any) -> None:
+def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model: Any, ranks: int) -> None:
     """Refuse what cannot work, before anything is read."""
     problems = []
     if not isinstance(model, nn.Module):
@@ -479,8 +532,8 @@ def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model
     if not isinstance(config, CrestConfig):
         do = "Write CrestConfig(batch_size=..., pool_size=...)."
         problems.append(must("config", "be a CrestConfig", type(config).__name__, do))
-    elif config.pool_size > examples:
-        want = f"be at most the {examples} examples of the data set"
+    elif config.pool_size * ranks > examples:
+        want = f"be at most the {examples} examples of the data set" + (f" over {ranks} ranks" if ranks > 1 else "")
         problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
     if last_layer is not None and not isinstance(last_layer, nn.Linear):
         problems.append(must("last_layer", "be a torch.nn.Linear", type(last_layer).__name__, "Or leave it out."))

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "NonFiniteLossError", "TorchcrestError", "must"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NonFiniteLossError",
+    "RankError",
+    "TorchcrestError",
+    "must",
+]
 
 
 class TorchcrestError(Exception):
@@ -39,6 +47,16 @@ class NonFiniteLossError(TorchcrestError, ArithmeticError):
             f"The {what} is NaN or infinite {when} for {len(indices)} of {measured} examples "
             f"(data-set indices {shown}). Lower the learning rate, clip gradients, or look at these examples."
         )
+
+
+class RankError(TorchcrestError, RuntimeError):
+    """Another process of the same training has failed, so this one cannot go on."""
+
+    @classmethod
+    def of(cls, messages: Mapping[int, str], size: int) -> RankError:
+        """Repeat what each rank that failed has said."""
+        said = "\n".join(f"Rank {rank} of {size} has failed: {message}" for rank, message in messages.items())
+        return cls(f"{said}\nIts own output has the traceback.")
 
 
 def must(name: str, want: str, got: object, do: str) -> str:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcrest import quadratic, tree
 from torchcrest.config import MeasureMode
+from torchcrest.distributed import reshard, unwrapped, whole_parameters
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
@@ -110,7 +111,7 @@ class Meter:
         whole_layer: bool = False,
         last_layer: nn.Linear | None = None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.objective = objective
         self.how = how
         self.forwarded = 0
@@ -119,8 +120,8 @@ class Meter:
         self._last_layer = last_layer
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Return the trainable parameters, sharded ones as the optimizer knows them."""
+        return [p for p in reshard(self.model).parameters() if p.requires_grad]
 
     def measure(self, indices: Tensor, data: Any) -> Pool:
         """Forward a pool once and return its losses, proxy gradients and labels.
@@ -164,6 +165,7 @@ class Meter:
                 if self._whole_layer:
                     found, bias = self._features(caught, outputs[-1])
                     features.append(found)
+            reshard(self.model)
         self.forwarded += examples
         whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         whole = whole if whole.dtype == torch.float64 else whole.float()
@@ -199,7 +201,7 @@ class Meter:
         return torch.autocast(kind, dtype=self.how.dtype, enabled=self.how.dtype != torch.float32)
 
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
+        """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, whole, in the same mode.
 
         Runs the eager module with the attention that has a second derivative.
         """
@@ -218,7 +220,8 @@ class Meter:
             if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             try:
-                result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+                parameters = stack.enter_context(whole_parameters(model))
+                result = quadratic.gradient_and_curvature(loss, parameters, generator)
             except RuntimeError as error:
                 if generator is None or "derivative" not in str(error):
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class QuadraticModel:
         self._gradient: list[Tensor] = []
         self._curvature: list[Tensor] = []
         self._snapshot: list[Tensor] = []
+        self._shards: list[int] = []  # over how many processes each parameter is spread
 
     @torch.no_grad()
     def update(self, gradient: Iterable[Tensor], curvature: Iterable[Tensor]) -> None:
@@ -85,8 +87,12 @@ class QuadraticModel:
 
         Means of squares for ``rms`` (Eq. 9), plain means otherwise.
         """
-        gradient = [g.float() for g in gradient]
-        curvature = [h.float().square() if self.curvature == "rms" else h.float() for h in curvature]
+        gradient = list(gradient)
+        self._shards = [_shards(g) for g in gradient]
+        gradient = [_local(g).float() for g in gradient]
+        curvature = [_local(h).float() for h in curvature]
+        if self.curvature == "rms":
+            curvature = [h.square() for h in curvature]
         if not self.updates:
             self._gradient = [torch.zeros_like(g) for g in gradient]
             self._curvature = [torch.zeros_like(h) for h in curvature]
@@ -103,34 +109,36 @@ class QuadraticModel:
     @torch.no_grad()
     def anchor(self, parameters: Iterable[Tensor], loss: float) -> None:
         """Begin a region: remember the parameters and the loss there."""
-        self._snapshot = [p.detach().clone() for p in parameters]
+        self._snapshot = [_local(p.detach()).clone() for p in parameters]
         self.anchored_loss = loss
 
     @torch.no_grad()
     def predict(self, parameters: Iterable[Tensor]) -> float:
-        """Return F at the given parameters. Synchronises with the device."""
+        """Return F at the given parameters. Synchronises with the device.
+
+        Where parameters are sharded, it is the mean over the processes that is F; likewise with the norms' squares.
+        """
         terms = []
         curvature: list[Tensor | None] = [*self._diagonal()] or [None] * len(self._gradient)
         undo_g = 1 / (1 - self.gradient_decay**self.updates)
-        for now, then, g, h in zip(parameters, self._snapshot, self._gradient, curvature, strict=True):
-            delta = (now.detach() - then).float()
+        columns = (parameters, self._snapshot, self._gradient, curvature, self._shards)
+        for now, then, g, h, shards in zip(*columns, strict=True):
+            delta = (_local(now.detach()) - then).float()
             slope = g * undo_g if h is None else (g * undo_g).addcmul(h, delta, value=0.5)
-            terms.append((slope * delta).sum(dtype=torch.float64).cpu())
+            terms.append((slope * delta).sum(dtype=torch.float64).cpu() * shards)
         # Doubles: the loss is compared with itself at delta = 0.
         return self.anchored_loss + float(torch.stack(terms).sum()) if terms else self.anchored_loss
 
     @torch.no_grad()
     def curvature_norm(self) -> float:
         """Return the Euclidean norm of the smoothed diagonal; 0 without curvature. Synchronises."""
-        squares = [h.square().sum(dtype=torch.float64).cpu() for h in self._diagonal()]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return self._norm(self._diagonal())
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Return the Euclidean norm of the smoothed gradient. Synchronises."""
         undo = 1 / (1 - self.gradient_decay**self.updates) if self.updates else 0.0
-        squares = [g.square().sum(dtype=torch.float64).cpu() for g in self._gradient]
-        return undo * float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return undo * self._norm(self._gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running means, the snapshot and the anchored loss."""
@@ -144,6 +152,8 @@ class QuadraticModel:
 
     def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """Restore a state, each tensor onto the device of its parameter."""
+        self._shards = [_shards(p) for p in parameters]
+        parameters = [_local(p.detach()) for p in parameters]
 
         def home(tensors: Sequence[Tensor], like: bool) -> list[Tensor]:
             shapes = [t.shape for t in tensors]
@@ -160,6 +170,10 @@ class QuadraticModel:
         self._curvature = home(state["curvature"], False)
         self._snapshot = home(state["snapshot"], True)
 
+    def _norm(self, tensors: Sequence[Tensor]) -> float:
+        squares = [t.square().sum(dtype=torch.float64).cpu() * n for t, n in zip(tensors, self._shards, strict=False)]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
     def _diagonal(self) -> list[Tensor]:
         """Return the bias-corrected diagonal (Eq. 9 for ``rms``)."""
         if not self._curvature or self.curvature == "first_order" or not self.updates:
@@ -167,3 +181,17 @@ class QuadraticModel:
         undo = 1 / (1 - self.curvature_decay**self.updates)
         corrected = (h * undo for h in self._curvature)
         return [h.sqrt_() if self.curvature == "rms" else h for h in corrected]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor (DTensor); any other as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _shards(tensor: Any) -> int:
+    """Return over how many processes a tensor is spread; 1: it is whole, or copied."""
+    if not hasattr(tensor, "to_local"):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(d) for d, placement in enumerate(tensor.placements) if placement.is_shard())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchcrest import tree
 from torchcrest.active import stream
+from torchcrest.distributed import reshard
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of
 from torchcrest.types import Coreset
@@ -55,7 +56,7 @@ class Region:
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Return what is needed to read the region again: indices, rows and weights, not the data."""
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in reshard(model).named_parameters()}
         return {
             "number": self.number,
             "begun": self.begun,
@@ -71,7 +72,7 @@ class Region:
     @classmethod
     def read(cls, state: Mapping[str, Any], feed: Feed, model: nn.Module) -> Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
-        device, named = device_of(model), dict(model.named_parameters())
+        device, named = device_of(model), dict(reshard(model).named_parameters())
         check = state["check_indices"]
         return cls(
             number=state["number"],
