@@ -95,6 +95,8 @@ class Crest(Passes):
             config.measure_mode,
             whole_layer=config.proxy == "last_layer",
             last_layer=last_layer,
+            layers=config.curvature_layers,
+            product=config.curvature_product,
         )
         self._active = ActiveSet(examples)
         reading = Reading(
@@ -207,7 +209,8 @@ class Crest(Passes):
         for k, coreset in enumerate(used):
             first_order = self.config.curvature == "first_order"
             generator = None if first_order else stream(self._seed, "signs", region, k, device=device)
-            g, h = self._meter.differentiate(coreset, generator)
+            drawn = coreset.sample(self.config.curvature_examples, stream(self._seed, "examples", region, k))
+            g, h = self._meter.differentiate(drawn, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
         self.stats.examples_forwarded = self._meter.forwarded

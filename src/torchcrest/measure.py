@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcrest import quadratic, tree
-from torchcrest.config import MeasureMode
+from torchcrest.config import CurvatureProduct, MeasureMode
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["Meter", "device_of", "observing", "synchronize"]
+__all__ = ["Meter", "device_of", "last_layers", "observing", "synchronize"]
 
 # Private in torch, but there is no public name for "all batch normalisations".
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -72,6 +72,21 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
+def last_layers(model: nn.Module, count: int | None) -> list[nn.Parameter]:
+    """Return the trainable parameters of a model's last layers.
+
+    Args:
+        model: the model; its layers are the modules that own trainable parameters, in order of registration.
+        count: how many layers; None, or no fewer than there are: all trainable parameters.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if count is None:
+        return trainable
+    owned = [{id(p) for p in module.parameters(recurse=False) if p.requires_grad} for module in model.modules()]
+    covered = set().union(*[layer for layer in owned if layer][-count:])
+    return [p for p in trainable if id(p) in covered]
+
+
 class Meter:
     """Measures pools and differentiates coresets of one model, and counts the examples it forwards.
 
@@ -87,6 +102,8 @@ class Meter:
         *,
         whole_layer: bool,
         last_layer: nn.Linear | None,
+        layers: int | None = None,
+        product: CurvatureProduct = "double_backward",
     ) -> None:
         self.model = model
         self.objective = objective
@@ -94,10 +111,12 @@ class Meter:
         self.forwarded = 0
         self._whole_layer = whole_layer
         self._last_layer = last_layer
+        self._layers = layers
+        self._product: CurvatureProduct = product
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Return the trainable parameters that gradient and curvature cover."""
+        return last_layers(self.model, self._layers)
 
     def measure(self, indices: Tensor, data: Any) -> Pool:
         """Forward a pool once and return its losses, proxy gradients and labels.
@@ -149,32 +168,46 @@ class Meter:
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, in the same mode.
 
-        Runs the eager module with the attention that has a second derivative.
+        Runs the eager module; where its gradient is differentiated, with the attention that has a second derivative.
+
+        Raises:
+            ConfigError: the loss does not depend on the layers, or has no second derivative where one is needed.
         """
         model = getattr(self.model, "_orig_mod", self.model)
         modules = list(model.modules())
+        loss, parameters = _Loss(model, self.objective, self.mode, coreset), self.parameters()
 
-        def loss() -> Tensor:
-            outputs = self.objective.outputs(model, tree.clone(coreset.data))
-            return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
+        def loss_at(tensors: Sequence[Tensor]) -> Tensor:
+            value = loss.at(parameters, tensors)
+            if self._layers is not None and not value.requires_grad:
+                want = "reach a layer that the loss depends on"
+                do = "Layers count in the order of registration; use more, or None for all."
+                raise ConfigError(must("curvature_layers", want, self._layers, do))
+            return value
 
+        second = generator is not None and self._product == "double_backward"
         with observing(model, self.mode), ExitStack() as stack:
             # Neither fused attention, nor compiled modules, nor cuDNN's recurrent layers have a second derivative.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if second:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             try:
-                result = quadratic.gradient_and_curvature(loss, self.parameters(), generator)
+                if generator is None or second:
+                    result = quadratic.gradient_and_curvature(lambda: loss_at(parameters), parameters, generator)
+                else:
+                    # In low precision the difference of two gradients is noise.
+                    stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
+                    result = quadratic.gradient_and_difference(loss_at, parameters, generator)
             except RuntimeError as error:
-                if generator is None or "derivative" not in str(error):
+                if not second or "derivative" not in str(error):
                     raise
                 want = "be 'first_order' where the loss or the model has no second derivative"
-                raise ConfigError(
-                    must("curvature", want, str(error).splitlines()[0], "Set it in CrestConfig.")
-                ) from error
-        self.forwarded += len(coreset.weights)
+                do = "Set it in CrestConfig, or curvature_product='finite_difference'."
+                raise ConfigError(must("curvature", want, str(error).splitlines()[0], do)) from error
+        self.forwarded += loss.forwarded
         return result
 
     @contextmanager
@@ -213,3 +246,43 @@ class Meter:
             )
         self._last_layer, features = caught[-1]
         return features.float(), self._last_layer.bias is not None
+
+
+class _Loss(nn.Module):
+    """A coreset's weighted mean loss, as a function of some of the model's parameters.
+
+    Attributes:
+        forwarded: examples that went through the model for it.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, mode: MeasureMode, coreset: Coreset) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.mode = mode
+        self.coreset = coreset
+        self.forwarded = 0
+
+    def at(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        """Return the loss with tensors in the parameters' stead; other parameters are constants.
+
+        The model holds the stand-ins only while it runs, and its own parameters again after an error too.
+        """
+        given = {id(p): t for p, t in zip(parameters, tensors, strict=True)}
+        stand_ins = {
+            name: given.get(id(p), p.detach())
+            for name, p in self.named_parameters()
+            if given.get(id(p), None if p.requires_grad else p) is not p
+        }
+        loss: Tensor = torch.func.functional_call(self, stand_ins, ()) if stand_ins else self()
+        return loss
+
+    def forward(self) -> Tensor:
+        """Run the model on the coreset, drawing the same random numbers each time."""
+        data = self.coreset.data
+        with observing(self.model, self.mode):
+            outputs = self.objective.outputs(self.model, tree.clone(data))
+            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+            losses = self.objective.losses(outputs, data)
+        self.forwarded += len(self.coreset.weights)
+        return (losses * self.coreset.weights).mean()
