@@ -51,6 +51,7 @@ SMALL = CrestConfig(
     tolerance=0.02,
     interval_scale=3,
     coresets_per_step=1.5,
+    curvature="signed",
     learned_loss=0.3,
     learned_interval=7,
 )

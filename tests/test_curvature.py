@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from conftest import (
     SMALL,
@@ -289,6 +290,22 @@ class TestFiniteDifference:
         noisy: list[Tensor] = []
         meter_of(seeded(Noisy), product="finite_difference").differentiate(coreset_of(batch(blobs, M)), generator())
         assert torch.equal(*noisy)
+
+    def test_checkpointed_activations(self, blobs: Blobs) -> None:
+        """They run the model once more while the gradient goes backward."""
+
+        class Checkpointed(Net):
+            def forward(self, x: Tensor, _index: Tensor | None = None) -> Tensor:
+                hidden: Tensor = checkpoint(self.layers[:3], x, use_reentrant=False)
+                out: Tensor = self.layers[3:](hidden)
+                return out
+
+        coreset = coreset_of(batch(blobs, M))
+        found, plain = (
+            meter_of(seeded(build), product="finite_difference").differentiate(coreset, generator())
+            for build in (Checkpointed, Net)
+        )
+        assert torch.allclose(flat(found[1]), flat(plain[1]), rtol=1e-4, atol=1e-5)
 
     def test_autocast_is_off(self, blobs: Blobs) -> None:
         meter, coreset = meter_of(make_net(), product="finite_difference"), coreset_of(batch(blobs, M))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -175,16 +175,21 @@ class Meter:
         """
         model = getattr(self.model, "_orig_mod", self.model)
         modules = list(model.modules())
-        loss, parameters = _Loss(model, self.objective, self.mode, coreset), self.parameters()
+        parameters = self.parameters()
 
-        def loss_at(tensors: Sequence[Tensor]) -> Tensor:
-            value = loss.at(parameters, tensors)
-            if self._layers is not None and not value.requires_grad:
+        def loss() -> Tensor:
+            with observing(model, self.mode):  # the same random numbers each time
+                outputs = self.objective.outputs(model, tree.clone(coreset.data))
+                outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+                losses = self.objective.losses(outputs, coreset.data)
+            self.forwarded += len(coreset.weights)
+            if self._layers is not None and not losses.requires_grad:
                 want = "reach a layer that the loss depends on"
                 do = "Layers count in the order of registration; use more, or None for all."
                 raise ConfigError(must("curvature_layers", want, self._layers, do))
-            return value
+            return (losses * coreset.weights).mean()
 
+        function = _Function(model, loss, parameters)
         second = generator is not None and self._product == "double_backward"
         with observing(model, self.mode), ExitStack() as stack:
             # Neither fused attention, nor compiled modules, nor cuDNN's recurrent layers have a second derivative.
@@ -196,18 +201,17 @@ class Meter:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             try:
                 if generator is None or second:
-                    result = quadratic.gradient_and_curvature(lambda: loss_at(parameters), parameters, generator)
+                    result = quadratic.gradient_and_curvature(function.value, parameters, generator)
                 else:
                     # In low precision the difference of two gradients is noise.
                     stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
-                    result = quadratic.gradient_and_difference(loss_at, parameters, generator)
+                    result = quadratic.gradient_and_difference(function.gradient, parameters, generator)
             except RuntimeError as error:
                 if not second or "derivative" not in str(error):
                     raise
                 want = "be 'first_order' where the loss or the model has no second derivative"
                 do = "Set it in CrestConfig, or curvature_product='finite_difference'."
                 raise ConfigError(must("curvature", want, str(error).splitlines()[0], do)) from error
-        self.forwarded += loss.forwarded
         return result
 
     @contextmanager
@@ -248,41 +252,38 @@ class Meter:
         return features.float(), self._last_layer.bias is not None
 
 
-class _Loss(nn.Module):
-    """A coreset's weighted mean loss, as a function of some of the model's parameters.
+class _Function(nn.Module):
+    """A loss as a function of some of a model's parameters; the other ones are constants, without a graph.
 
-    Attributes:
-        forwarded: examples that went through the model for it.
+    The model holds what stands in for its parameters only while it runs, and after an error has its own too.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, mode: MeasureMode, coreset: Coreset) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
-        self.mode = mode
-        self.coreset = coreset
-        self.forwarded = 0
+        self.loss = loss
+        self.of = list(parameters)
 
-    def at(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """Return the loss with tensors in the parameters' stead; other parameters are constants.
+    def value(self) -> Tensor:
+        """Return the loss, with a graph to the parameters themselves."""
+        loss: Tensor = self._run(self.of, False)
+        return loss
 
-        The model holds the stand-ins only while it runs, and its own parameters again after an error too.
-        """
-        given = {id(p): t for p, t in zip(parameters, tensors, strict=True)}
+    def gradient(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradient at tensors in the parameters' stead."""
+        gradients: tuple[Tensor, ...] = self._run(tensors, True)
+        return gradients
+
+    def forward(self, tensors: Sequence[Tensor] | None = None) -> Any:
+        """Return the loss, or its gradient: checkpointed activations run the model again to go backward."""
+        return self.loss() if tensors is None else torch.autograd.grad(self.loss(), tensors, materialize_grads=True)
+
+    def _run(self, tensors: Sequence[Tensor], gradient: bool) -> Any:
+        given = {id(p): tensor for p, tensor in zip(self.of, tensors, strict=True)}
         stand_ins = {
             name: given.get(id(p), p.detach())
             for name, p in self.named_parameters()
-            if given.get(id(p), None if p.requires_grad else p) is not p
+            if p.requires_grad and given.get(id(p)) is not p
         }
-        loss: Tensor = torch.func.functional_call(self, stand_ins, ()) if stand_ins else self()
-        return loss
-
-    def forward(self) -> Tensor:
-        """Run the model on the coreset, drawing the same random numbers each time."""
-        data = self.coreset.data
-        with observing(self.model, self.mode):
-            outputs = self.objective.outputs(self.model, tree.clone(data))
-            outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-            losses = self.objective.losses(outputs, data)
-        self.forwarded += len(self.coreset.weights)
-        return (losses * self.coreset.weights).mean()
+        inputs = (tensors,) if gradient else ()
+        return torch.func.functional_call(self, stand_ins, inputs) if stand_ins else self(*inputs)

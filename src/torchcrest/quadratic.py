@@ -47,7 +47,7 @@ def gradient_and_curvature(
 
 
 def gradient_and_difference(
-    loss: Callable[[Sequence[Tensor]], Tensor], parameters: Sequence[Tensor], generator: torch.Generator
+    gradient: Callable[[Sequence[Tensor]], Sequence[Tensor]], parameters: Sequence[Tensor], generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Estimate the same as `gradient_and_curvature` from two gradients, without a second derivative.
 
@@ -60,8 +60,8 @@ def gradient_and_difference(
     that step (ReLU, max-pooling) counts as curvature, which to a second derivative it is not.
 
     Args:
-        loss: computes the scalar loss at tensors given in the parameters' stead. If it draws random numbers,
-            then the same each time.
+        gradient: computes the gradient of the loss at tensors given in the parameters' stead. If it draws random
+            numbers, then the same each time.
         parameters: around which to differentiate; not changed.
         generator: of z, on the parameters' device.
 
@@ -75,12 +75,12 @@ def gradient_and_difference(
     precision = max(torch.finfo(p.dtype).eps for p in parameters)
     step = precision ** (1 / 3) * (1 + length) / sum(p.numel() for p in parameters) ** 0.5
 
-    def gradient(shift: float) -> tuple[Tensor, ...]:
-        at = [p.detach().add(z, alpha=shift).requires_grad_() for p, z in zip(parameters, signs, strict=True)]
+    def at(shift: float) -> Sequence[Tensor]:
+        shifted = [p.detach().add(z, alpha=shift).requires_grad_() for p, z in zip(parameters, signs, strict=True)]
         with torch.enable_grad():
-            return torch.autograd.grad(loss(at), at, materialize_grads=True)
+            return gradient(shifted)
 
-    ahead, behind = gradient(step), gradient(-step)
+    ahead, behind = at(step), at(-step)
     pairs = list(zip(ahead, behind, strict=True))
     differences = [(a - b) / (2 * step) for a, b in pairs]
     return [(a + b) / 2 for a, b in pairs], [z * d for z, d in zip(signs, differences, strict=True)]
