@@ -53,6 +53,7 @@ SMALL = CrestConfig(
     tolerance=0.02,
     interval_scale=3,
     coresets_per_step=1.5,
+    curvature="signed",
     learned_loss=0.3,
     learned_interval=7,
     max_overhead=None,
@@ -233,6 +234,7 @@ def traces(model: nn.Module) -> dict[str, Any]:
     return {
         "state": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
         "grad": {name: None if p.grad is None else p.grad.tolist() for name, p in model.named_parameters()},
+        "parameters": [(name, id(p), p.data_ptr()) for name, p in model.named_parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "training": {name: module.training for name, module in model.named_modules()},
         "tracking": {
@@ -255,9 +257,11 @@ def meter_of(
     objective: Objective | None = None,
     whole_layer: bool = False,
     last_layer: nn.Linear | None = None,
+    **curvature: Any,
 ) -> Meter:
     """Build a meter, by default one that measures classification in evaluation mode."""
-    return Meter(model, objective or Classification(), How(mode), whole_layer=whole_layer, last_layer=last_layer)
+    objective = objective or Classification()
+    return Meter(model, objective, How(mode), whole_layer=whole_layer, last_layer=last_layer, **curvature)
 
 
 def batch(blobs: Blobs, rows: int = R) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,9 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("curvature_decay", [-0.1, 1, 1.5, NAN], r"in \[0, 1\)"),
     ("curvature", ["none", None, 1], "one of rms, signed, unsmoothed, first_order"),
     ("curvature_coresets", [0, -1, 1.0], "a whole number of at least 1"),
+    ("curvature_examples", [0, -1, 1.0], "a whole number of at least 1"),
+    ("curvature_layers", [0, -1, 1.0, True, "last"], "a whole number of at least 1"),
+    ("curvature_product", ["exact", None], "one of double_backward, finite_difference"),
     ("check", ["yes", False], "one of paired, none"),
     ("exclude", [1, "yes", None], "True or False"),
     ("learned_loss", [-0.1, NAN, INF], "a number of at least 0"),
@@ -42,6 +45,9 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("tolerance", [1e-9, 10, 1]),
     ("gradient_decay", [0, 0.0, 0.999]),
     ("curvature_coresets", [None, 1, 1000]),
+    ("curvature_examples", [None, 1, 1000]),
+    ("curvature_layers", [None, 1, 1000]),
+    ("curvature_product", ["double_backward", "finite_difference"]),
     ("learned_loss", [0]),
     ("learned_interval", [1, 10**6, 1.0, 0.001]),
     ("weight_power", [0, 0.0, 2.5]),
@@ -118,7 +124,9 @@ class TestPresets:
         assert config.coresets_per_step == 5
         assert (config.learned_loss, config.learned_interval) == (0.1, 0.1)
         assert (config.gradient_decay, config.curvature_decay) == (0.9, 0.999)
-        assert (config.curvature, config.curvature_coresets) == ("rms", None)
+        assert (config.curvature, config.curvature_coresets, config.curvature_examples) == ("rms", None, None)
+        assert config.curvature_layers == (1 if name == "snli" else None)
+        assert config.curvature_product == "double_backward"
         assert config.weight_power == 1
         assert config.exclude
         assert config.stratify

@@ -18,6 +18,9 @@ from torchcrest import ConfigError, Crest, CrestConfig, DataError, Regression
 VARIANTS: dict[str, list[Any]] = {
     "curvature": ["rms", "signed", "unsmoothed", "first_order"],
     "curvature_coresets": [1, 2, None],
+    "curvature_examples": [1, 5, None],
+    "curvature_layers": [1, 2, None],
+    "curvature_product": ["double_backward", "finite_difference"],
     "check": ["paired", "none"],
     "proxy": ["outputs", "last_layer"],
     "stratify": [True, False],

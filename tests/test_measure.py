@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from conftest import Blobs, M, Net, R, batch, coreset_of, generator, make_net, measure, meter_of, seeded, traces
 from torchcrest import Classification, DataError
-from torchcrest.config import MeasureMode
+from torchcrest.config import CurvatureProduct, MeasureMode
 from torchcrest.measure import device_of, observing
 
 MODES: list[MeasureMode] = ["eval", "batch_statistics"]
+PRODUCTS: list[CurvatureProduct] = ["double_backward", "finite_difference"]
 
 
 def eager(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
@@ -58,14 +59,23 @@ class TestNoTrace:
         assert traces(meter.model) == before
 
     @pytest.mark.parametrize("probe", [True, False])
-    def test_differentiate(self, model: Net, mode: MeasureMode, probe: bool, blobs: Blobs) -> None:
+    @pytest.mark.parametrize("product", PRODUCTS)
+    @pytest.mark.parametrize("layers", [None, 1, 2])
+    def test_differentiate(
+        self, model: Net, mode: MeasureMode, probe: bool, product: CurvatureProduct, layers: int | None, blobs: Blobs
+    ) -> None:
         before = traces(model)
-        meter_of(model, mode).differentiate(coreset_of(batch(blobs, M)), generator() if probe else None)
+        meter = meter_of(model, mode, product=product, layers=layers)
+        meter.differentiate(coreset_of(batch(blobs, M)), generator() if probe else None)
         assert traces(model) == before
 
-    def test_after_an_error(self, model: Net, mode: MeasureMode, blobs: Blobs) -> None:
+    @pytest.mark.parametrize("product", PRODUCTS)
+    @pytest.mark.parametrize("layers", [None, 1])
+    def test_after_an_error(
+        self, model: Net, mode: MeasureMode, product: CurvatureProduct, layers: int | None, blobs: Blobs
+    ) -> None:
         before = traces(model)
-        meter = meter_of(model, mode, whole_layer=True)
+        meter = meter_of(model, mode, whole_layer=True, product=product, layers=layers)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             measure(meter, (torch.zeros(R, 3), blobs.y[:R]))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import reference
 from conftest import seeded
-from torchcrest.quadratic import QuadraticModel, gradient_and_curvature, relative_error
+from torchcrest.quadratic import QuadraticModel, gradient_and_curvature, gradient_and_difference, relative_error
 
 VARIANTS: list[Any] = ["rms", "signed", "unsmoothed", "first_order"]
 
@@ -36,6 +36,9 @@ class Small:
     def loss(self) -> Tensor:
         loss: Tensor = (self.net(self.x) - self.y).square().mean()
         return loss
+
+    def gradient_at(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch.autograd.grad(self.of_flat(torch.cat([t.flatten() for t in tensors])), tensors)
 
     def of_flat(self, w: Tensor) -> Tensor:
         named, start = {}, 0
@@ -146,6 +149,75 @@ class TestHutchinson:
         probes = [flat(gradient_and_curvature(small.loss, small.parameters, generator(s))[1]) for s in (0, 0, 1)]
         assert torch.equal(probes[0], probes[1])
         assert not torch.equal(probes[0], probes[2])
+
+
+class TestDifference:
+    def test_exact_on_a_quadratic(self) -> None:
+        """Up to rounding, u / eps = 4e-11 of the gradient."""
+        w, v = (torch.randn(n, generator=generator(n), dtype=torch.float64, requires_grad=True) for n in (5, 4))
+        matrix = torch.randn(9, 9, generator=generator(), dtype=torch.float64)
+
+        def loss_at(tensors: Sequence[Tensor]) -> Tensor:
+            joined = torch.cat(list(tensors))
+            loss: Tensor = joined @ matrix @ joined + joined.sum()
+            return loss
+
+        for seed in range(5):
+            exact = gradient_and_curvature(lambda: loss_at([w, v]), [w, v], generator(seed))
+            found = gradient_and_difference(lambda at: torch.autograd.grad(loss_at(at), at), [w, v], generator(seed))
+            for a, b in zip([*exact[0], *exact[1]], [*found[0], *found[1]], strict=True):
+                assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+    def test_second_order_on_a_net(self) -> None:
+        """eps is 6e-6 (1 + ||w||) / ||z||, of which the error has the square, about 1e-11, and rounding u / eps."""
+        small = Small()
+        exact = gradient_and_curvature(small.loss, small.parameters, generator())
+        found = gradient_and_difference(small.gradient_at, small.parameters, generator())
+        for a, b in zip([*exact[0], *exact[1]], [*found[0], *found[1]], strict=True):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)
+
+    def test_single_precision(self) -> None:
+        """u^(2/3) = 2e-5 of each, times a constant of the net."""
+        small = Small()
+        exact = gradient_and_curvature(small.loss, small.parameters, generator())
+        small.x, small.y = small.x.float(), small.y.float()
+        small.net.float()
+        found = gradient_and_difference(small.gradient_at, small.parameters, generator())
+        for a, b in zip([*exact[0], *exact[1]], [*found[0], *found[1]], strict=True):
+            assert b.dtype == torch.float32
+            assert torch.allclose(a, b.double(), rtol=1e-3, atol=1e-3)
+
+    def test_evaluates_twice_at_equal_steps(self) -> None:
+        w, v = torch.tensor([3.0, 0.0], requires_grad=True), torch.tensor([[4.0], [0.0]], requires_grad=True)
+        seen: list[Tensor] = []
+
+        def gradient_at(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            seen.append(flat(tensors))
+            return [2 * t for t in tensors]
+
+        gradient_and_difference(gradient_at, [w, v], generator())
+        step = torch.finfo(torch.float32).eps ** (1 / 3) * (1 + 5) / 2
+        ahead, behind = seen
+        assert torch.allclose(((ahead - behind) / 2).abs(), torch.full((4,), step), rtol=1e-4)
+        assert torch.allclose((ahead + behind) / 2, flat([w, v]), atol=1e-6)
+        assert torch.unique((ahead - behind).sign()).tolist() == [-1, 1]
+
+    def test_leaves_no_trace(self) -> None:
+        small = Small()
+        small.parameters[0].grad = torch.full_like(small.parameters[0], 7.0)
+        before = flat(small.parameters).clone()
+        gradient, products = gradient_and_difference(small.gradient_at, small.parameters, generator())
+        assert torch.equal(flat(small.parameters), before)
+        assert (small.parameters[0].grad == 7).all()
+        assert all(p.grad is None for p in small.parameters[1:])
+        assert not any(t.requires_grad for t in (*gradient, *products))
+
+    def test_works_under_no_grad(self) -> None:
+        small = Small()
+        expected = gradient_and_difference(small.gradient_at, small.parameters, generator())
+        with torch.no_grad():
+            got = gradient_and_difference(small.gradient_at, small.parameters, generator())
+        assert all(torch.equal(a, b) for a, b in zip([*expected[0], *expected[1]], [*got[0], *got[1]], strict=True))
 
 
 def fed(curvature: Any, rounds: Sequence[tuple[Tensor, Tensor]], beta1: float = 0.9, beta2: float = 0.999) -> Any:

@@ -117,7 +117,15 @@ class Crest(Passes):
         self.config = config
         objective = as_objective(objective)
         how = _how(config, device_of(model))
-        self._meter = Meter(model, objective, how, whole_layer=config.proxy == "last_layer", last_layer=last_layer)
+        self._meter = Meter(
+            model,
+            objective,
+            how,
+            whole_layer=config.proxy == "last_layer",
+            last_layer=last_layer,
+            layers=config.curvature_layers,
+            product=config.curvature_product,
+        )
         self._source = source_of(config, self._meter, examples, steps, seed, proxy_model, proxy_optimizer)
         self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
         self._active = ActiveSet(examples)
@@ -343,8 +351,9 @@ class Crest(Passes):
             first_order = self.config.curvature == "first_order"
             key = k * self._ranks.size + self._ranks.rank
             generator = None if first_order else stream(self._seed, "signs", region, key, device=device)
+            drawn = coreset.sample(self.config.curvature_examples, stream(self._seed, "examples", region, key))
             with self._ranks.forward():
-                g, h = self._meter.differentiate(coreset, generator)
+                g, h = self._meter.differentiate(drawn, generator)
             gradient = _added(gradient, g, 1 / len(used))
             curvature = _added(curvature, h, 1 / len(used))
         parameters = self._meter.parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcrest import quadratic, tree
-from torchcrest.config import MeasureMode
+from torchcrest.config import CurvatureProduct, MeasureMode
 from torchcrest.distributed import reshard, unwrapped, whole_parameters
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["How", "Meter", "device_of", "observing", "pool_of", "synchronize"]
+__all__ = ["How", "Meter", "device_of", "last_layers", "observing", "pool_of", "synchronize"]
 
 # Private in torch, but there is no public name for "all batch normalisations".
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -75,6 +75,21 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
+def last_layers(model: nn.Module, count: int | None) -> list[nn.Parameter]:
+    """Return the trainable parameters of a model's last layers.
+
+    Args:
+        model: the model; its layers are the modules that own trainable parameters, in order of registration.
+        count: how many layers; None, or no fewer than there are: all trainable parameters.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if count is None:
+        return trainable
+    owned = [{id(p) for p in module.parameters(recurse=False) if p.requires_grad} for module in model.modules()]
+    covered = set().union(*[layer for layer in owned if layer][-count:])
+    return [p for p in trainable if id(p) in covered]
+
+
 @dataclass(frozen=True)
 class How:
     """How a pool is forwarded.
@@ -110,6 +125,8 @@ class Meter:
         *,
         whole_layer: bool = False,
         last_layer: nn.Linear | None = None,
+        layers: int | None = None,
+        product: CurvatureProduct = "double_backward",
     ) -> None:
         self.model = unwrapped(model)
         self.objective = objective
@@ -118,10 +135,12 @@ class Meter:
         self.differentiated = 0
         self._whole_layer = whole_layer
         self._last_layer = last_layer
+        self._layers = layers
+        self._product: CurvatureProduct = product
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters, sharded ones as the optimizer knows them."""
-        return [p for p in reshard(self.model).parameters() if p.requires_grad]
+        """Return the trainable parameters that are modelled, sharded ones as the optimizer knows them."""
+        return last_layers(reshard(self.model), self._layers)
 
     def measure(self, indices: Tensor, data: Any) -> Pool:
         """Forward a pool once and return its losses, proxy gradients and labels.
@@ -203,33 +222,51 @@ class Meter:
     def differentiate(self, coreset: Coreset, generator: torch.Generator | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return gradient and Hutchinson estimate of a coreset's weighted mean loss, whole, in the same mode.
 
-        Runs the eager module with the attention that has a second derivative.
+        Runs the eager module; where its gradient is differentiated, with the attention that has a second derivative.
+
+        Raises:
+            ConfigError: the loss does not depend on the layers, or has no second derivative where one is needed.
         """
         model = getattr(self.model, "_orig_mod", self.model)
         modules = list(model.modules())
 
         def loss() -> Tensor:
-            outputs = self.objective.outputs(model, tree.clone(coreset.data))
-            return (self.objective.losses(outputs.float(), coreset.data) * coreset.weights).mean()
+            with observing(model, self.how.mode):  # the same random numbers each time
+                outputs = self.objective.outputs(model, tree.clone(coreset.data))
+                outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+                losses = self.objective.losses(outputs, coreset.data)
+            self.differentiated += len(coreset.weights)
+            if self._layers is not None and not losses.requires_grad:
+                want = "reach a layer that the loss depends on"
+                do = "Layers count in the order of registration; use more, or None for all."
+                raise ConfigError(must("curvature_layers", want, self._layers, do))
+            return (losses * coreset.weights).mean()
 
+        second = generator is not None and self._product == "double_backward"
         with observing(model, self.how.mode), ExitStack() as stack:
             # Neither fused attention, nor compiled modules, nor cuDNN's recurrent layers have a second derivative.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if second:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(m, nn.RNNBase) for m in modules):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(whole_parameters(model))
+            parameters = last_layers(model, self._layers)
+            function = _Function(model, loss, parameters)
             try:
-                parameters = stack.enter_context(whole_parameters(model))
-                result = quadratic.gradient_and_curvature(loss, parameters, generator)
+                if generator is None or second:
+                    result = quadratic.gradient_and_curvature(function.value, parameters, generator)
+                else:
+                    # In low precision the difference of two gradients is noise.
+                    stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
+                    result = quadratic.gradient_and_difference(function.gradient, parameters, generator)
             except RuntimeError as error:
-                if generator is None or "derivative" not in str(error):
+                if not second or "derivative" not in str(error):
                     raise
                 want = "be 'first_order' where the loss or the model has no second derivative"
-                raise ConfigError(
-                    must("curvature", want, str(error).splitlines()[0], "Set it in CrestConfig.")
-                ) from error
-        self.differentiated += len(coreset.weights)
+                do = "Set it in CrestConfig, or curvature_product='finite_difference'."
+                raise ConfigError(must("curvature", want, str(error).splitlines()[0], do)) from error
         return result
 
     @contextmanager
@@ -268,6 +305,43 @@ class Meter:
             )
         self._last_layer, features = caught[-1]
         return features.float(), self._last_layer.bias is not None
+
+
+class _Function(nn.Module):
+    """A loss as a function of some of a model's parameters; the other ones are constants, without a graph.
+
+    The model holds what stands in for its parameters only while it runs, and after an error has its own too.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.of = list(parameters)
+
+    def value(self) -> Tensor:
+        """Return the loss, with a graph to the parameters themselves."""
+        loss: Tensor = self._run(self.of, False)
+        return loss
+
+    def gradient(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradient at tensors in the parameters' stead."""
+        gradients: tuple[Tensor, ...] = self._run(tensors, True)
+        return gradients
+
+    def forward(self, tensors: Sequence[Tensor] | None = None) -> Any:
+        """Return the loss, or its gradient: checkpointed activations run the model again to go backward."""
+        return self.loss() if tensors is None else torch.autograd.grad(self.loss(), tensors, materialize_grads=True)
+
+    def _run(self, tensors: Sequence[Tensor], gradient: bool) -> Any:
+        given = {id(p): tensor for p, tensor in zip(self.of, tensors, strict=True)}
+        stand_ins = {
+            name: given.get(id(p), p.detach())
+            for name, p in self.named_parameters()
+            if p.requires_grad and given.get(id(p)) is not p
+        }
+        inputs = (tensors,) if gradient else ()
+        return torch.func.functional_call(self, stand_ins, inputs) if stand_ins else self(*inputs)
 
 
 def pool_of(objective: Objective, indices: Tensor, data: Any, outputs: Tensor) -> Pool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcrest.config import Curvature
 
-__all__ = ["QuadraticModel", "gradient_and_curvature", "relative_error"]
+__all__ = ["QuadraticModel", "gradient_and_curvature", "gradient_and_difference", "relative_error"]
 
 
 def gradient_and_curvature(
@@ -36,9 +36,7 @@ def gradient_and_curvature(
         gradients = torch.autograd.grad(loss(), parameters, create_graph=second, materialize_grads=True)
         if not second:
             return [g.detach() for g in gradients], []
-        signs = [
-            torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1 for p in parameters
-        ]
+        signs = _signs(parameters, generator)
         # A loss linear in a parameter gives a gradient without a graph: its second derivative is zero.
         curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
         if curved:
@@ -47,6 +45,51 @@ def gradient_and_curvature(
         else:
             products = tuple(torch.zeros_like(p) for p in parameters)
     return [g.detach() for g in gradients], [z * hz for z, hz in zip(signs, products, strict=True)]
+
+
+def gradient_and_difference(
+    gradient: Callable[[Sequence[Tensor]], Sequence[Tensor]], parameters: Sequence[Tensor], generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Estimate the same as `gradient_and_curvature` from two gradients, without a second derivative.
+
+    With a = g(w + eps z) and b = g(w - eps z), (a - b) / (2 eps) is H z, and (a + b) / 2 is g(w), both up to
+    O(eps^2); exactly so where the loss is quadratic. One step serves both, so two evaluations do.
+
+    eps = u^(1/3) (1 + ||w||) / ||z||, with u the machine precision of the parameters: the power balances what
+    rounding and curvature's own change add to a central difference (Nocedal and Wright, Numerical Optimization,
+    2006, section 8.1), and the step eps z is that small relative to w as a whole (Andrei, 2009). A kink within
+    that step (ReLU, max-pooling) counts as curvature, which to a second derivative it is not.
+
+    Args:
+        gradient: computes the gradient of the loss at tensors given in the parameters' stead. If it draws random
+            numbers, then the same each time.
+        parameters: around which to differentiate; not changed.
+        generator: of z, on the parameters' device.
+
+    Returns:
+        gradient and estimate, a tensor like each parameter. Synchronises with the device.
+    """
+    signs = _signs(parameters, generator)
+    with torch.no_grad():
+        squares = [p.detach().square().sum(dtype=torch.float64).cpu() for p in parameters]
+        length = float(torch.stack(squares).sum().sqrt())
+    precision = max(torch.finfo(p.dtype).eps for p in parameters)
+    step = precision ** (1 / 3) * (1 + length) / sum(p.numel() for p in parameters) ** 0.5
+
+    def at(shift: float) -> Sequence[Tensor]:
+        shifted = [p.detach().add(z, alpha=shift).requires_grad_() for p, z in zip(parameters, signs, strict=True)]
+        with torch.enable_grad():
+            return gradient(shifted)
+
+    ahead, behind = at(step), at(-step)
+    pairs = list(zip(ahead, behind, strict=True))
+    differences = [(a - b) / (2 * step) for a, b in pairs]
+    return [(a + b) / 2 for a, b in pairs], [z * d for z, d in zip(signs, differences, strict=True)]
+
+
+def _signs(parameters: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Draw z: a sign for each entry of each parameter."""
+    return [torch.randint(0, 2, p.shape, generator=generator, device=p.device).to(p.dtype) * 2 - 1 for p in parameters]
 
 
 def relative_error(predicted: Tensor | float, measured: Tensor | float) -> float:

@@ -81,6 +81,19 @@ class Coreset:
         """Slice the picked rows out of a pool."""
         return cls(pool.indices, rows.cpu(), weights, tree.take(pool.data, rows))
 
+    def sample(self, size: int | None, generator: torch.Generator) -> Coreset:
+        """Draw some of the examples, without replacement; their weights are scaled to mean 1 again.
+
+        Args:
+            size: how many; None, or no fewer than there are: the coreset itself.
+            generator: of the draw, on the CPU.
+        """
+        if size is None or size >= len(self.rows):
+            return self
+        kept = torch.randperm(len(self.rows), generator=generator)[:size].sort().values
+        weights = self.weights[kept.to(self.weights.device)]
+        return Coreset(self.pool_indices, self.rows[kept], weights / weights.mean(), tree.take(self.data, kept))
+
 
 @dataclass
 class Stats:
