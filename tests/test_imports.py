@@ -16,8 +16,8 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", 
 
 LEVELS = [
     {"errors", "checks", "types", "tree", "config"},
-    {"objectives", "solvers", "quadratic", "active", "distributed"},
-    {"measure", "feed"},
+    {"objectives", "solvers", "quadratic", "active", "distributed", "overhead"},
+    {"measure", "feed", "proxies"},
     {"passes", "region", "crest", "baselines"},
     {"train"},
     {"report"},
@@ -30,6 +30,7 @@ ALLOWED = {
     ("config", "checks"),
     ("config", "errors"),
     ("types", "errors"),
+    ("proxies", "measure"),
     ("crest", "passes"),
     ("crest", "region"),
     ("baselines", "passes"),

@@ -74,7 +74,8 @@ class CrestConfig:
         overhead_in: the unit of ``max_overhead``. ``seconds`` are measured as the run goes, so two runs may
             select differently. ``counted`` is the same for every run: examples forwarded and differentiated.
         forward_cost: counted cost of forwarding an example in a measurement; training on one is 1.
-        derivative_cost: counted cost of gradient and curvature of an example.
+        derivative_cost: counted cost of differentiating an example's loss once for the quadratic model; None: 1,
+            or 3 where that is done by a second backward pass as well.
         renew: steps after which coresets are picked anew inside a region. Each is then trained on once, and
             steps for which none could be paid take a random batch. None: the region's coresets are
             used again until it ends (the paper's), and the bound makes them fewer.
@@ -119,7 +120,7 @@ class CrestConfig:
     max_overhead: float | None = 0.25
     overhead_in: OverheadIn = "seconds"
     forward_cost: float = 1 / 3
-    derivative_cost: float = 3.0
+    derivative_cost: float | None = None
     renew: int | None = 10
     proxy_source: ProxySource = "forward"
     history_age: int | float = 0.2
@@ -165,8 +166,9 @@ class CrestConfig:
         if self.max_overhead is not None:
             checks.above_zero("max_overhead", "0.25 allows a quarter of the training time; None: no bound.")
         checks.choice("overhead_in", get_args(OverheadIn))
-        for name in ("forward_cost", "derivative_cost"):
-            checks.above_zero(name, "Leave it out for the default.")
+        checks.above_zero("forward_cost", "1/3 counts a forward pass as a third of a training step.")
+        if self.derivative_cost is not None:
+            checks.above_zero("derivative_cost", "Leave it out for the default.")
         if self.renew is not None:
             checks.whole("renew", 1, "10 picks coresets anew every 10 steps; None uses a region's until it ends.")
         if checks.choice("proxy_source", get_args(ProxySource)) and self.proxy_source in ("history", "model"):

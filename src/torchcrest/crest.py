@@ -441,7 +441,9 @@ class Crest(Passes):
         """Return the counted cost so far; training on an example is 1."""
         meter, config = self._meter, self.config
         forwarded = meter.forwarded + sum(share * other.forwarded for other, share in self._source.meters)
-        return config.forward_cost * forwarded + config.derivative_cost * meter.differentiated + self._taught
+        twice = config.curvature != "first_order" and config.curvature_product == "double_backward"
+        each = config.derivative_cost or (3.0 if twice else 1.0)
+        return config.forward_cost * forwarded + each * meter.differentiated + self._taught
 
     def _enter_steps(self) -> None:
         """Enter the training steps since the last time into the budget; look at the losses that were observed."""
@@ -518,9 +520,9 @@ class Crest(Passes):
 
 
 def _added(total: list[Tensor], terms: list[Tensor], share: float) -> list[Tensor]:
-    """Add a share of each term to the total, in place; an empty total is zero."""
+    """Add a share of each term to the total, in place; an empty total is zero, and takes the terms over."""
     if not total:
-        return [term * share for term in terms]
+        return [term.mul_(share) for term in terms] if share != 1 else terms
     return [t.add_(term, alpha=share) for t, term in zip(total, terms, strict=True)]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def gradient_and_curvature(
             products = torch.autograd.grad(outputs, parameters, along, materialize_grads=True)
         else:
             products = tuple(torch.zeros_like(p) for p in parameters)
-    return [g.detach() for g in gradients], [z * hz for z, hz in zip(signs, products, strict=True)]
+    return [g.detach() for g in gradients], [z.mul_(hz) for z, hz in zip(signs, products, strict=True)]
 
 
 def gradient_and_difference(
@@ -162,15 +163,16 @@ class QuadraticModel:
         Where parameters are sharded, it is the mean over the processes that is F; likewise with the norms' squares.
         """
         terms = []
-        curvature: list[Tensor | None] = [*self._diagonal()] or [None] * len(self._gradient)
         undo_g = 1 / (1 - self.gradient_decay**self.updates)
+        # One parameter at a time, in place: models are large.
+        curvature: Iterable[Tensor | None] = self._diagonal() if self._curved() else repeat(None, len(self._gradient))
         columns = (parameters, self._snapshot, self._gradient, curvature, self._shards)
         for now, then, g, h, shards in zip(*columns, strict=True):
             delta = (_local(now.detach()) - then).float()
-            slope = g * undo_g if h is None else (g * undo_g).addcmul(h, delta, value=0.5)
-            terms.append((slope * delta).sum(dtype=torch.float64).cpu() * shards)
+            slope = g * undo_g if h is None else h.mul_(delta).mul_(0.5).add_(g, alpha=undo_g)
+            terms.append(_sum(slope.mul_(delta)) * shards)
         # Doubles: the loss is compared with itself at delta = 0.
-        return self.anchored_loss + float(torch.stack(terms).sum()) if terms else self.anchored_loss
+        return self.anchored_loss + _total(terms)
 
     @torch.no_grad()
     def curvature_norm(self) -> float:
@@ -213,17 +215,32 @@ class QuadraticModel:
         self._curvature = home(state["curvature"], False)
         self._snapshot = home(state["snapshot"], True)
 
-    def _norm(self, tensors: Sequence[Tensor]) -> float:
-        squares = [t.square().sum(dtype=torch.float64).cpu() * n for t, n in zip(tensors, self._shards, strict=False)]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    def _norm(self, tensors: Iterable[Tensor]) -> float:
+        return math.sqrt(_total([_sum(t.square()) * n for t, n in zip(tensors, self._shards, strict=False)]))
 
-    def _diagonal(self) -> list[Tensor]:
-        """Return the bias-corrected diagonal (Eq. 9 for ``rms``)."""
-        if not self._curvature or self.curvature == "first_order" or not self.updates:
-            return []
-        undo = 1 / (1 - self.curvature_decay**self.updates)
-        corrected = (h * undo for h in self._curvature)
-        return [h.sqrt_() if self.curvature == "rms" else h for h in corrected]
+    def _curved(self) -> bool:
+        return bool(self._curvature) and self.curvature != "first_order" and self.updates > 0
+
+    def _diagonal(self) -> Iterator[Tensor]:
+        """Yield the bias-corrected diagonal (Eq. 9 for ``rms``), a new tensor a parameter; nothing without one."""
+        if self._curved():
+            undo = 1 / (1 - self.curvature_decay**self.updates)
+            for h in self._curvature:
+                corrected = h * undo
+                yield corrected.sqrt_() if self.curvature == "rms" else corrected
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Return the sum in doubles, where the device has them."""
+    return tensor.sum(dtype=None if tensor.device.type == "mps" else torch.float64)
+
+
+def _total(terms: Sequence[Tensor]) -> float:
+    """Return the sum of scalars; waits once for each device that they are on."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for term in terms:
+        by_device.setdefault(term.device, []).append(term)
+    return sum(float(torch.stack(some).cpu().double().sum()) for some in by_device.values())
 
 
 def _local(tensor: Tensor) -> Tensor:
