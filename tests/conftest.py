@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +51,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 SMALL = CrestConfig(
     batch_size=16,
     pool_size=48,
-    tolerance=0.02,
+    tolerance=0.05,
     interval_scale=3,
     coresets_per_step=1.5,
     curvature="signed",
@@ -59,9 +60,10 @@ SMALL = CrestConfig(
     max_overhead=None,
     overhead_in="counted",
     renew=None,
+    measured_together=48,
 )
 # A bound that pays for some of the coresets only, and random batches between them; two to a pool, and some over.
-BOUNDED = replace(SMALL, max_overhead=0.9, renew=4, pool_size=40, interval_scale=6, forward_cost=0.5)
+BOUNDED = replace(SMALL, max_overhead=0.9, renew=4, pool_size=40, interval_scale=6, measured_together=16)
 
 
 class Blobs(Dataset[Batch]):
@@ -132,7 +134,7 @@ def make_history(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) 
 def make_apprentice(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Crest:
     """Build a `Crest` that measures a small model."""
     config = replace(BOUNDED, proxy_source="model")
-    return make_bounded(model, dataset, config=config, steps=steps, proxy_model=make_net(1, dropout=0.5), **kw)
+    return make_bounded(model, dataset, config=config, steps=steps, proxy_model=copy.deepcopy(model), **kw)
 
 
 def make_random(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> RandomBatches:

@@ -38,6 +38,20 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("stratify", [1, "yes"], "True or False"),
     ("proxy", ["logits"], "one of outputs, last_layer"),
     ("measure_mode", ["train"], "one of eval, batch_statistics"),
+    ("measure_dtype", ["half", None], "one of model, float32, bfloat16, float16"),
+    ("channels_last", [1, None], "True or False"),
+    ("measured_together", [0, 1.0], "a whole number of at least 1"),
+    ("max_overhead", [0, -1, NAN, INF, "x"], "a number above 0"),
+    ("overhead_in", ["hours", None], "one of auto, seconds, counted"),
+    ("forward_cost", [0, -1, NAN, None], "a number above 0"),
+    ("derivative_cost", [0, -1, NAN], "a number above 0"),
+    ("renew", [0, 1.5, True], "a whole number of at least 1"),
+    ("proxy_source", ["guess", None], "one of forward, history, model, resolution"),
+    ("history_age", [0, True], "a whole number of at least 1"),
+    ("history_age", [0.0, 1.1, None], r"steps \(a whole number\) or a share in \(0, 1\]"),
+    ("history_bytes", [0, 1e9], "a whole number of at least 1"),
+    ("resolution", [0, NAN, None], "a number above 0"),
+    ("resolution", [1.1], r"a share in \(0, 1\]"),
 ]
 GOOD: list[tuple[str, list[Any]]] = [
     ("batch_size", [1, 256]),
@@ -53,6 +67,14 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("weight_power", [0, 0.0, 2.5]),
     ("coresets_per_step", [0.001, 5]),
     ("measure_mode", ["eval", "batch_statistics"]),
+    ("measure_dtype", ["model", "float32", "bfloat16", "float16"]),
+    ("measured_together", [None, 1]),
+    ("max_overhead", [None, 0.01, 3]),
+    ("derivative_cost", [None, 2]),
+    ("renew", [None, 1]),
+    ("proxy_source", ["forward", "history", "model", "resolution"]),
+    ("history_age", [1, 1.0]),
+    ("resolution", [1, 0.1]),
 ]
 
 

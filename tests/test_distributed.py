@@ -137,8 +137,9 @@ def assert_alike(outcomes: list[dict[str, Any]]) -> None:
     checks = [event["passed"] for event in first["history"] if event["event"] == "check"]
     assert {True, False} <= set(checks)
     assert not first["mask"].all()
-    # One exchange a region, a check and an exclusion, and the comparison of settings.
-    assert {outcome["collectives"] for outcome in outcomes} == {1 + len(first["history"])}
+    # One exchange a check and an exclusion, three a region (interval, coresets, norms), and the comparison of settings.
+    regions = sum(event["event"] == "region" for event in first["history"])
+    assert {outcome["collectives"] for outcome in outcomes} == {1 + len(first["history"]) + 2 * regions}
 
 
 def test_a_group_without_torch_distributed() -> None:

@@ -206,11 +206,14 @@ def interrupt(settings: RunSettings, folder: Path, steps: int) -> None:
         train(settings, folder, resume=True, stop=stop_at(steps))
 
 
+CLOCKED = {"peak_memory", "overhead"}
+
+
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
     """Return the model, and all that the files say, but for the seconds and the memory."""
     files = RunFiles(folder)
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in files.read_metrics()]
-    summary = {k: v for k, v in files.read_summary().items() if "seconds" not in k and k != "peak_memory"}
+    summary = {k: v for k, v in files.read_summary().items() if "seconds" not in k and k not in CLOCKED}
     return files.read_checkpoint()["model"], lines, summary
 
 

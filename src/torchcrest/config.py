@@ -17,7 +17,7 @@ Proxy = Literal["outputs", "last_layer"]
 MeasureMode = Literal["eval", "batch_statistics"]
 MeasureDtype = Literal["model", "float32", "bfloat16", "float16"]
 ProxySource = Literal["forward", "history", "model", "resolution"]
-OverheadIn = Literal["seconds", "counted"]
+OverheadIn = Literal["auto", "seconds", "counted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class CrestConfig:
             bound. Coresets that it cannot pay for are left out: see ``renew``.
         overhead_in: the unit of ``max_overhead``. ``seconds`` are measured as the run goes, so two runs may
             select differently. ``counted`` is the same for every run: examples forwarded and differentiated.
+            ``auto`` counts where ``torch.use_deterministic_algorithms(True)`` is set, and takes seconds elsewhere.
         forward_cost: counted cost of forwarding an example in a measurement; training on one is 1.
         derivative_cost: counted cost of differentiating an example's loss once for the quadratic model; None: 1,
             or 3 where that is done by a second backward pass as well.
@@ -118,7 +119,7 @@ class CrestConfig:
     channels_last: bool = False
     measured_together: int | None = None
     max_overhead: float | None = 0.25
-    overhead_in: OverheadIn = "seconds"
+    overhead_in: OverheadIn = "auto"
     forward_cost: float = 1 / 3
     derivative_cost: float | None = None
     renew: int | None = 10

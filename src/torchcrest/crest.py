@@ -148,6 +148,8 @@ class Crest(Passes):
         self._learned_steps = steps_of(config.learned_interval, steps)
         self._spare: list[Coreset] = []  # random batches that were read and not needed yet
         self._budget = Budget(config.max_overhead)
+        wanted = config.overhead_in == "auto" and torch.are_deterministic_algorithms_enabled()
+        self._counts = wanted or config.overhead_in == "counted"
         self._clock = Clock()
         self._entered = 0  # steps whose cost has been entered into the budget
         self._taught = 0.0  # examples that the source was trained on, in the model's cost
@@ -427,7 +429,7 @@ class Crest(Passes):
         with self._timed(purpose):
             yield
         spent = getattr(stats, seconds) - before[0], self._counted() - before[1], self._forwarded() - before[2]
-        self._budget.pay(purpose, spent[0] if self.config.overhead_in == "seconds" else spent[1], count)
+        self._budget.pay(purpose, spent[1] if self._counts else spent[0], count)
         stats.overhead = self._budget.overhead
         stats.examples_forwarded = self._forwarded() + self._meter.differentiated
         stats.forwarded_selecting += spent[2] if purpose == "selecting" else 0
@@ -450,7 +452,7 @@ class Crest(Passes):
         steps, self._entered = self._step - self._entered, self._step
         self._look()
         seconds = self._clock.step(lambda: synchronize(device_of(self._meter.model)))
-        cost = seconds if self.config.overhead_in == "seconds" else float(self.config.batch_size)
+        cost = float(self.config.batch_size) if self._counts else seconds
         if steps and cost is not None:
             self._budget.train(cost, steps)
 

@@ -208,7 +208,10 @@ class Apprentice(Forward):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the small model and its optimizer."""
-        return {"model": tree.clone(dict(self.small.model.state_dict())), "optimizer": self._optimizer.state_dict()}
+        return {
+            "model": tree.clone(dict(self.small.model.state_dict())),
+            "optimizer": tree.clone(self._optimizer.state_dict()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore both."""
