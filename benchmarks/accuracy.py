@@ -26,7 +26,15 @@ from torchcrest.train.settings import RunSettings
 
 VARIANTS = {
     "crest": CrestConfig(),
-    "crest r=256": CrestConfig(pool_size=256),
+    "crest r=512": CrestConfig(pool_size=512),
+    "crest no bound": CrestConfig(max_overhead=None),
+    "crest used again": CrestConfig(renew=None),
+    "crest no check": CrestConfig(check="none"),
+    "crest bfloat16": CrestConfig(measure_dtype="bfloat16", channels_last=True),
+    "crest bfloat16 no bound": CrestConfig(measure_dtype="bfloat16", channels_last=True, max_overhead=None),
+    "crest history": CrestConfig(proxy_source="history"),
+    "crest resolution": CrestConfig(proxy_source="resolution"),
+    "crest proxy model": CrestConfig(proxy_source="model"),
     "crest paper weights": CrestConfig(weight_power=1.0),
     "crest uniform weights": CrestConfig(weight_power=0.0),
     "crest no exclusion": CrestConfig(exclude=False),
@@ -43,6 +51,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--model")
+    parser.add_argument("--proxy", help='the small model of "crest proxy model"')
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--out", type=Path, required=True)
@@ -60,6 +69,7 @@ def main() -> None:
             settings = RunSettings(
                 task=args.task,
                 model=args.model,
+                proxy_model=args.proxy,
                 epochs=args.epochs,
                 learning_rate=rate,
                 evaluations=4,

@@ -278,6 +278,13 @@ class TestCoarse:
         with pytest.raises(ConfigError, match=match):
             next(iter(make_bounded(make_net(), blobs, config=config)))
 
+    def test_refuses_models_of_one_size(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        config = replace(BOUNDED, proxy_source="resolution")
+        match = "proxy_source must be another than 'resolution' for a model that fails on smaller inputs"
+        with pytest.raises(ConfigError, match=match):
+            next(iter(Crest(model, images(), config, steps=1)))
+
     def test_same_stream_and_resume(self) -> None:
         config = replace(BOUNDED, proxy_source="resolution")
 

@@ -177,7 +177,7 @@ class Meter:
                     caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
                     # A copy, for a model may change its input in place; the pool is still to be trained on.
                     part = self._prepared(tree.part(data, start, start + size))
-                    outputs.append(self.objective.outputs(self.model, part))
+                    outputs.append(self._call(part))
                 if outputs[-1].dim() == 0 or len(outputs[-1]) != size:
                     want, got = f"have {size} entries, one an example", tuple(outputs[-1].shape)
                     raise DataError(must("model outputs", want, got, "Check the objective's outputs()."))
@@ -189,6 +189,17 @@ class Meter:
         whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         whole = whole if whole.dtype == torch.float64 else whole.float()
         return whole.detach(), torch.cat(features) if features else None, bias
+
+    def _call(self, data: Any) -> Tensor:
+        """Run the model, as the objective has it."""
+        try:
+            return self.objective.outputs(self.model, data)
+        except RuntimeError as error:
+            if self.how.resolution == 1:
+                raise
+            want = "be another than 'resolution' for a model that fails on smaller inputs"
+            do = f"It takes inputs of one size, perhaps: {str(error).splitlines()[0]}"
+            raise ConfigError(must("proxy_source", want, "resolution", do)) from error
 
     def _prepared(self, data: Any) -> Any:
         """Return a copy of inputs, in the resolution and memory format that are measured in."""

@@ -203,7 +203,7 @@ class _Run:
     def _proxy(self) -> nn.Module | None:
         """Build the small model that CREST measures, if one is named."""
         task, s = self.task, self.settings
-        if s.proxy_model is None or s.method != "crest":
+        if s.proxy_model is None or s.method != "crest" or s.crest.proxy_source != "model":
             return None
         return build(s.proxy_model, task.shape, task.classes, s.seed).to(self.device)
 
