@@ -20,7 +20,7 @@ from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["How", "Meter", "device_of", "last_layers", "observing", "pool_of", "synchronize"]
+__all__ = ["How", "Meter", "device_of", "forked", "last_layers", "observing", "pool_of", "synchronize"]
 
 # Private in torch, but there is no public name for "all batch normalisations".
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -39,6 +39,29 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
+def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Restore the CPU's random state, and that of the device, afterwards.
+
+    Args:
+        device: the model's.
+        seed: of what is drawn inside; None: it goes on from the user's state.
+    """
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            if seed is not None:
+                # torch.manual_seed would seed the other accelerators too, which nobody restores.
+                torch.default_generator.manual_seed(seed)
+                if device.type != "cpu":
+                    torch.get_device_module(device).manual_seed(seed)
+            yield
+    finally:
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
 def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
     """Put the model into a measuring mode; afterwards flags, buffers and random states are as before.
 
@@ -48,11 +71,6 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     tracking: dict[nn.Module, bool] = {}
-    device = device_of(model)
-    # Forks the CPU's generator and the one of the model's device. A model that draws random numbers even
-    # in evaluation mode would move the user's.
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    mps = torch.mps.get_rng_state() if device.type == "mps" else None
     try:
         for module, was_training in training.items():
             if mode == "batch_statistics" and was_training and isinstance(module, _BatchNorm):
@@ -62,7 +80,7 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
                 module.training = False
         # Under autocast around a whole loop, weights cast without gradients must not reach the training step.
         torch.clear_autocast_cache()
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with forked(device_of(model)):  # a model that draws even in evaluation mode would move the user's state
             yield
     finally:
         torch.clear_autocast_cache()
@@ -71,8 +89,6 @@ def observing(model: nn.Module, mode: MeasureMode = "eval") -> Iterator[None]:
                 module.training = was_training
         for module, tracked in tracking.items():
             module.track_running_stats = tracked  # type: ignore[assignment]
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
 
 
 def last_layers(model: nn.Module, count: int | None) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchcrest import tree
 from torchcrest.config import CrestConfig, steps_of
 from torchcrest.errors import ConfigError, DataError, NonFiniteLossError, must
-from torchcrest.measure import Meter, device_of, pool_of
+from torchcrest.measure import Meter, device_of, forked, pool_of
 from torchcrest.types import Pool, WeightedBatch
 
 __all__ = ["Apprentice", "Coarse", "Forward", "History", "source_of"]
@@ -192,9 +192,8 @@ class Apprentice(Forward):
         model, objective = self.small.model, self.small.objective
         device = device_of(model)
         data = tree.clone(tree.move(batch.data, device))
-        accelerators = [] if device.type in ("cpu", "mps") else [device]
-        with torch.random.fork_rng(accelerators), torch.enable_grad():
-            torch.manual_seed(self._seed + step)  # so that a resumed run draws the same
+        # A seed a step, so that a resumed run draws the same.
+        with forked(device, self._seed + step), torch.enable_grad():
             losses = objective.losses(objective.outputs(model, data).float(), data)
             loss = (losses * batch.weights.to(device)).mean()
             self._optimizer.zero_grad()
