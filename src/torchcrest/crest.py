@@ -292,7 +292,8 @@ class Crest(Passes):
         """Measure a pool for selection, by whatever gives the proxy gradients (step 2)."""
         with self._ranks.forward():
             pool, rows = self._source.measure(self._step, indices, data)
-        if rows is not None:  # the other losses are old, or not the model's
+        if rows is not None:  # the other losses are old, or not the model's, but must be finite as well
+            self._refuse_non_finite(indices, pool.losses)
             self._unseen.append((indices[rows], pool.losses[rows.to(pool.losses.device)]))
         else:
             self._unseen.append((indices, pool.losses))

@@ -73,12 +73,6 @@ class _InMemory(Dataset[Any]):
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
 
-    def __len__(self) -> int:
-        return len(self._tensors[0])
-
-    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
-        return tuple(tensor[row] for tensor in self._tensors)
-
     def __getitems__(self, rows: list[int]) -> list[Tensor]:
         """Return what the default collate function makes of the examples."""
         chosen = torch.tensor(rows, dtype=torch.int64)

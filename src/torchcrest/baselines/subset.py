@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from torchcrest import tree
 from torchcrest.active import Draws, Place, stream
 from torchcrest.checks import Checks
+from torchcrest.config import steps_of
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Feed, Reading, examples_in, refuse_other_length
 from torchcrest.measure import How, Meter, device_of
@@ -113,8 +114,7 @@ class SubsetLoader(Passes, Generic[Config]):
         if not config.batch_size <= self._size <= left:
             want = f"give from batch_size = {config.batch_size} to all {left} examples to pick from"
             raise ConfigError(must("subset", want, share, "A batch's examples are distinct: change one of the two."))
-        every = config.reselect
-        self._every = every if isinstance(every, int) else max(1, round(every * steps))
+        self._every = steps_of(config.reselect, steps)
         self._objective = as_objective(objective)
         self._meter = Meter(
             model, self._objective, How(), whole_layer=config.proxy == "last_layer", last_layer=last_layer
