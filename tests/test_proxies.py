@@ -217,7 +217,7 @@ class TestApprentice:
         loader = make_bounded(
             make_net(),
             blobs,
-            config=replace(BOUNDED, proxy_source="model"),
+            config=replace(BOUNDED, proxy_source="model", max_overhead=None),
             proxy_model=small,
             proxy_optimizer=sgd(small, 0.05),
         )
@@ -225,6 +225,29 @@ class TestApprentice:
         for item in loader:
             train_step(plain, optimizer, item)
         assert same(parameters_of(small), parameters_of(plain))
+
+    @pytest.mark.parametrize("limit", [0.25, 1.0])
+    def test_its_training_takes_half_of_what_may_be_spent(self, limit: float, blobs: Blobs) -> None:
+        small, steps = make_net(3), 400
+        config = replace(BOUNDED, proxy_source="model", max_overhead=limit, overhead_in="counted")
+        loader = Crest(make_net(), blobs, config, steps=steps, seed=0, proxy_model=small)
+        taught = []
+        small.register_forward_hook(lambda *_: taught.append(torch.is_grad_enabled()))
+        for _ in loader:
+            pass
+        # It is as large as the model, so a batch for it is one for the model.
+        assert sum(taught) / steps == pytest.approx(limit / 2, rel=0.1)
+        spent = loader._account.budget.spent / (steps * BOUNDED.batch_size)
+        assert spent == pytest.approx(limit, rel=0.05), "of the whole run: picks are paid for by the steps that follow"
+        assert loader.stats.coresets > 0
+
+    def test_pools_that_are_not_finite_are_refused(self, blobs: Blobs) -> None:
+        small = make_net(3)
+        with torch.no_grad():
+            next(small.parameters()).fill_(torch.inf)
+        loader = make_bounded(make_net(), blobs, config=replace(BOUNDED, proxy_source="model"), proxy_model=small)
+        with pytest.raises(NonFiniteLossError, match=r"loss .*after step 0"):
+            next(iter(loader))
 
     def test_selection_measures_it_and_checks_the_model(self, blobs: Blobs) -> None:
         model, small, counts = make_net(), make_net(3), {"model": 0, "small": 0}
@@ -272,6 +295,12 @@ class TestCoarse:
         torch.testing.assert_close(pool.gradients, expected.gradients)
         assert torch.equal(pool.data[0], x), "the coreset is of the inputs as they are"
 
+    def test_pools_that_are_not_finite_are_refused(self) -> None:
+        model = nn.Sequential(make_cnn(), NotFiniteBelow(1.0))
+        config = replace(BOUNDED, proxy_source="resolution")
+        with pytest.raises(NonFiniteLossError, match=r"loss .*after step 0"):
+            next(iter(Crest(model, images(), config, steps=1)))
+
     def test_refuses_inputs_without_sides(self, blobs: Blobs) -> None:
         config = replace(BOUNDED, proxy_source="resolution")
         match = "proxy_source must be another than 'resolution' where no input has sides to shrink"
@@ -314,6 +343,17 @@ class TestCoarse:
             part.load_state_dict(state)
         assert go(resumed, 17) == stream[13:]
         assert same(parameters_of(resumed[0]), parameters_of(whole[0]))
+
+
+class NotFiniteBelow(nn.Module):
+    """Spoils outputs that are small; nothing that is trained is."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs.where(outputs >= self.least, torch.nan)
 
 
 class Doubled(TensorDataset):

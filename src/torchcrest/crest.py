@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torchcrest import tree
+from torchcrest.account import Account
 from torchcrest.active import ActiveSet, Draws, Place, stream
 from torchcrest.config import CrestConfig, steps_of
 from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
-from torchcrest.measure import How, Meter, device_of, synchronize
+from torchcrest.measure import How, Meter, device_of
 from torchcrest.objectives import Objective, as_objective
-from torchcrest.overhead import Budget, Clock, Purpose
+from torchcrest.overhead import Purpose
 from torchcrest.passes import Passes
 from torchcrest.proxies import source_of
 from torchcrest.quadratic import QuadraticModel, relative_error
@@ -147,12 +148,7 @@ class Crest(Passes):
         self._first_curvature: float | None = None  # ||H_0||
         self._learned_steps = steps_of(config.learned_interval, steps)
         self._spare: list[Coreset] = []  # random batches that were read and not needed yet
-        self._budget = Budget(config.max_overhead)
-        wanted = config.overhead_in == "auto" and torch.are_deterministic_algorithms_enabled()
-        self._counts = wanted or config.overhead_in == "counted"
-        self._clock = Clock()
-        self._entered = 0  # steps whose cost has been entered into the budget
-        self._taught = 0.0  # examples that the source was trained on, in the model's cost
+        self._account = Account(config, self._meter, self._source)
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
@@ -176,11 +172,12 @@ class Crest(Passes):
             self._source.note(self._step, self.indices, outputs)
 
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:
-        self._clock.asked()
+        self._account.clock.asked()
         region, fresh = self._region, None
         with self._ranks.guard():
             if region is None or self._step >= min(region.check_at, region.renew_at or region.check_at):
-                self._enter_steps()
+                self._look()
+                self._account.enter_steps(self._step)
             if region and self._step >= region.check_at:
                 fresh = self._check()
             if self.config.exclude and self._step and self._step % self._learned_steps == 0:
@@ -196,10 +193,9 @@ class Crest(Passes):
             # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
             batch = tree.clone(batch)
         self.stats.coresets += coreset.picked
-        if self.config.proxy_source == "model":
-            with self._charged("selecting", 0):
-                self._taught += self._source.learn(batch, self._step + 1, coreset.indices)
-        self._clock.handed()
+        if self._account.can_teach:
+            self._teach(batch, coreset.indices)
+        self._account.clock.handed()
         return batch, coreset.indices
 
     def _begin_region(self, fresh: Pool | None) -> Region:
@@ -207,7 +203,7 @@ class Crest(Passes):
         config = self.config
         # P and the interval both follow the curvature that was known before this region's coresets were.
         interval = int(min(max(self._interval, 1), config.max_interval))
-        interval = self._agreed(self._budget.stretched(interval, config.max_interval))
+        interval = self._stretched(interval)
         region = Region(
             number=self.stats.regions,
             begun=self._step,
@@ -257,7 +253,7 @@ class Crest(Passes):
         renewed = config.renew is not None
         steps = region.interval if config.renew is None else min(config.renew, region.check_at - self._step)
         wanted = min(math.ceil(config.coresets_per_step * steps), steps if renewed else config.max_coresets)
-        count = self._agreed(self._budget.affordable("selecting", wanted, steps))
+        count = self._agreed(self._account.budget.affordable("selecting", wanted, steps))
         if fresh or not renewed:
             count = max(1, count)
         coresets: list[Coreset] = []
@@ -287,6 +283,12 @@ class Crest(Passes):
                 for start in range(0, len(indices) - m + 1, m)
             ]
         return self._spare.pop(0)
+
+    def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
+        """Train the source of the proxy gradients on the batch that is handed out, where it can be."""
+        if self.config.proxy_source == "model":
+            with self._account.teaching(self.stats), self._timed("selecting"):
+                self._account.taught(self._source.learn(batch, self._step + 1, indices))
 
     def _measure(self, indices: Tensor, data: Any) -> Pool:
         """Measure a pool for selection, by whatever gives the proxy gradients (step 2)."""
@@ -385,7 +387,7 @@ class Crest(Passes):
         self.stats.checks += 1
         self._log("check", region=region.number, rho=rho, predicted=predicted, loss=loss, passed=passed)
         if passed:
-            region.check_at = self._step + region.interval
+            region.check_at = self._step + self._stretched(region.interval)
         else:
             self._region = None
         return pool
@@ -416,6 +418,10 @@ class Crest(Passes):
             self._feed.redraw()
         self._log("exclude", excluded=excluded, active=self._active.count)
 
+    def _stretched(self, interval: int) -> int:
+        """Return an interval that the bound allows, given what checks have cost."""
+        return self._agreed(self._account.budget.stretched(interval, self.config.max_interval))
+
     def _agreed(self, number: int) -> int:
         """Return a number that every rank goes by: the clock may have told them different ones."""
         return int(self._ranks.average(float(number))[0])
@@ -425,37 +431,8 @@ class Crest(Passes):
     @contextmanager
     def _charged(self, purpose: Purpose, count: int = 1) -> Iterator[None]:
         """Time a phase and charge it to the budget, as so many pools, checks or curvatures."""
-        stats, seconds = self.stats, f"seconds_{purpose}"
-        before = getattr(stats, seconds), self._counted(), self._forwarded()
-        with self._timed(purpose):
+        with self._account.charged(self.stats, purpose, count), self._timed(purpose):
             yield
-        spent = getattr(stats, seconds) - before[0], self._counted() - before[1], self._forwarded() - before[2]
-        self._budget.pay(purpose, spent[1] if self._counts else spent[0], count)
-        stats.overhead = self._budget.overhead
-        stats.examples_forwarded = self._forwarded() + self._meter.differentiated
-        stats.forwarded_selecting += spent[2] if purpose == "selecting" else 0
-        stats.forwarded_checking += spent[2] if purpose == "checking" else 0
-
-    def _forwarded(self) -> int:
-        """Count the examples that were measured, with whatever model."""
-        return self._meter.forwarded + sum(meter.forwarded for meter, _ in self._source.meters)
-
-    def _counted(self) -> float:
-        """Return the counted cost so far; training on an example is 1."""
-        meter, config = self._meter, self.config
-        forwarded = meter.forwarded + sum(share * other.forwarded for other, share in self._source.meters)
-        twice = config.curvature != "first_order" and config.curvature_product == "double_backward"
-        each = config.derivative_cost or (3.0 if twice else 1.0)
-        return config.forward_cost * forwarded + each * meter.differentiated + self._taught
-
-    def _enter_steps(self) -> None:
-        """Enter the training steps since the last time into the budget; look at the losses that were observed."""
-        steps, self._entered = self._step - self._entered, self._step
-        self._look()
-        seconds = self._clock.step(lambda: synchronize(device_of(self._meter.model)))
-        cost = float(self.config.batch_size) if self._counts else seconds
-        if steps and cost is not None:
-            self._budget.train(cost, steps)
 
     # Stop and resume -------------------------------------------------------------------------------------
 
@@ -491,27 +468,17 @@ class Crest(Passes):
             "first_curvature": self._first_curvature,
             "region": region and region.state_dict(self._meter.model),
             "spare": states_of(self._spare),
-            "budget": self._budget.state_dict(),
-            "entered": self._entered,
-            "taught": self._taught,
-            "counts": [(meter.forwarded, meter.differentiated) for meter in self._meters()],
+            "account": self._account.state_dict(),
             "unseen": [(indices, losses.cpu()) for indices, losses in self._unseen],
             "source": self._source.state_dict(),
         }
-
-    def _meters(self) -> list[Meter]:
-        return [self._meter, *(meter for meter, _ in self._source.meters)]
 
     def _load(self, state: dict[str, Any]) -> None:
         number, position, put_off = state["place"]
         self._active.load_state_dict(state["active"])
         self._feed.seek(Place(number, position, tuple(put_off)))
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
-        for meter, counts in zip(self._meters(), state["counts"], strict=True):
-            meter.forwarded, meter.differentiated = counts
-        self._budget.load_state_dict(state["budget"])
-        self._clock = Clock()
-        self._entered, self._taught = int(state["entered"]), float(state["taught"])
+        self._account.load_state_dict(state["account"])
         device = device_of(self._meter.model)
         self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
         self._source.load_state_dict(state["source"])
