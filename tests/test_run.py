@@ -359,3 +359,8 @@ def test_a_budget_too_small_for_a_subset_is_refused_first(
     with pytest.raises(ConfigError, match=f"budget must give {method} at least batch_size = 16 of {left} examples"):
         train(settings(blobs_file, method=method, budget=budget), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_whole_numbers_are_written_down_as_the_command_gives_them() -> None:
+    written = [RunSettings(task="digits", epochs=epochs).to_dict()["epochs"] for epochs in (10, 10.0)]
+    assert [repr(each) for each in written] == ["10.0", "10.0"]

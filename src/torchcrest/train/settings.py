@@ -114,6 +114,10 @@ class RunSettings:
             problems.append(must("proxy_model", "be named with crest.proxy_source=model", None, do))
         if problems:
             raise ConfigError(problems)
+        for name in ("budget", "epochs", "learning_rate", "warmup", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            # 10 and 10.0 are the same setting, and must be written down alike.
+            object.__setattr__(self, name, None if value is None else float(value))
 
     @property
     def own(self) -> Config | None:
