@@ -163,12 +163,12 @@ class InfoBatch(Passes):
         if self._anneal_from is None or self._step < self._anneal_from:
             well = (self._losses < self._losses.nanmean()).nonzero()[:, 0]
             order = well[torch.randperm(len(well), generator=stream(self._seed, "prune", self._epoch))]
-            dropped = min(round(self.config.prune * len(well)), self._examples - self.config.batch_size)
+            dropped = min(round(self.config.prune * len(well)), self.examples - self.config.batch_size)
             self._weights[well] = 1 / (1 - self.config.prune)
             self._kept[order[:dropped]] = False
         self._left = self.stats.active = int(self._kept.sum())
         self._feed.seek(Place(self._epoch, 0, ()))
-        self._log("epoch", epoch=self._epoch, kept=self._left, examples=self._examples)
+        self._log("epoch", epoch=self._epoch, kept=self._left, examples=self.examples)
 
     def _gather(self) -> None:
         """Enter the observed losses. Waits for the device."""
