@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,22 +23,28 @@ except ImportError as error:
 __all__ = ["CrestCallback"]
 
 LOADERS = "combined_loader"  # where Lightning keeps the states of training loaders, in that of the fit loop
-EACH_RANK = "torchcrest_each_rank"  # what stands there instead of a state if there are several processes
+# What stands there instead of a state if there are several processes: of each, the state of its loader, and those
+# of its model's buffers that are not as rank 0's.
+EACH_RANK, LOADER, BUFFERS = "torchcrest_each_rank", "loader", "buffers"
 
 
 class CrestCallback(Callback):
     """Logs what selection does and makes ``trainer.fit(ckpt_path=...)`` go on with it, to the bit.
 
-    Return the loader from ``train_dataloader``; a batch comes to ``training_step`` as a pair. Each epoch is a pass::
+    Return the loader from ``train_dataloader``; a batch comes to ``training_step`` as a pair. ::
 
         def train_dataloader(self):
-            return Crest(self, train_set, CrestConfig(batch_size=128, pool_size=512), steps=400)
+            config = CrestConfig(batch_size=128, pool_size=512, learned_interval=1600)
+            return Crest(self, train_set, config, steps=400)
 
         def training_step(self, batch, batch_idx):
             (x, y), weights = batch
             return (F.cross_entropy(self(x), y, reduction="none") * weights).mean()
 
         trainer = Trainer(max_epochs=20, callbacks=[CrestCallback()])
+
+    An epoch is a pass of one run, so settings that may be a share of ``len(crest)``, as ``learned_interval``, are
+    better given in steps.
 
     Give the trainer this callback when it resumes as well. Without it Lightning restores the loader only in the
     middle of an epoch and in a single process; at the end of one, the run of the loader would begin anew.
@@ -65,6 +72,7 @@ class CrestCallback(Callback):
         self._prefix = prefix
         self._loader: Passes | None = None
         self._state: Any = None  # of a checkpoint, until there is a loader to take it
+        self._buffers: dict[str, Tensor] = {}
         self._told = 0  # entries of the history that were logged
         self._logged = -1  # step of the stats that were logged last
 
@@ -78,14 +86,16 @@ class CrestCallback(Callback):
             if isinstance(state, Mapping) and not (goes_on and state.get("position", 0) < trainer.num_training_batches):
                 state = {**state, "position": 0}
             loader.load_state_dict(state)
+        for name, buffer in self._buffers.items():
+            pl_module.get_buffer(name).copy_(buffer)
+        self._buffers = {}
         self._told, self._logged = len(loader.history), -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another loader than that of the epoch before."""
         if _loader(trainer) is not self._loader:
-            got = f"a new one, as reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}"
-            do = "One loader carries the run on from epoch to epoch: set that to 0."
-            raise ConfigError(must("train_dataloader", "return the loader of the epoch before", got, do))
+            do = "One loader carries the run on from epoch to epoch: set reload_dataloaders_every_n_epochs=0."
+            raise ConfigError(must("train_dataloader", "return the loader of the epoch before", "a new one", do))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what happened when the batch was asked for."""
@@ -99,8 +109,8 @@ class CrestCallback(Callback):
                 if name != "step" and isinstance(value, int | float)
             }
         self._told = len(self._loader.history)
-        step = trainer.global_step
-        if (step + 1) % trainer.log_every_n_steps == 0 and step != self._logged:
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (step + 1) % every == 0 and step != self._logged:
             self._logged = step
             stats = self._loader.stats
             values |= asdict(stats) | {"active_share": stats.active / self._loader.examples}
@@ -117,8 +127,16 @@ class CrestCallback(Callback):
         """Put the states of all ranks in the place of this one's; rank 0 writes the file."""
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get(LOADERS)
         if states and trainer.world_size > 1:
+            # Running means, say: each rank measures with its own until rank 0's are broadcast with the next step.
+            saved = checkpoint["state_dict"]
+            buffers = {name: saved[name] for name, _ in pl_module.named_buffers() if name in saved}
+            mine = tree.apply({LOADER: states[0], BUFFERS: buffers}, Tensor.cpu)
             each: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            dist.gather_object(tree.apply(states[0], Tensor.cpu), each)
+            dist.gather_object(mine, each)
+            for other in each or ():
+                for name, tensor in mine[BUFFERS].items():
+                    if torch.equal(other[BUFFERS][name], tensor):
+                        del other[BUFFERS][name]
             states[0] = {EACH_RANK: each}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -127,7 +145,8 @@ class CrestCallback(Callback):
             state, *_ = checkpoint["loops"]["fit_loop"]["state_dict"].pop(LOADERS, [None])
             if isinstance(state, Mapping) and EACH_RANK in state:
                 each = state[EACH_RANK]
-                state = each[trainer.global_rank % len(each)]  # the loader refuses a number of ranks that differs
+                mine = each[trainer.global_rank % len(each)]  # the loader refuses a number of ranks that differs
+                state, self._buffers = mine[LOADER], mine[BUFFERS]
             self._state = state
 
 
