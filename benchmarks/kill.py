@@ -99,11 +99,9 @@ def aims(kills: int, seconds: float, draw: random.Random) -> list[dict[str, Any]
     inner = sorted(draw.randint(1, EVALUATIONS - 2) for _ in range(kills - early - late))
     found: list[dict[str, Any]] = [{"evaluations": 0, "at": "start", "wait": draw.uniform(0, START)}]
     found += [{"evaluations": 0, "at": "first files", "wait": draw.uniform(0, seconds)} for _ in range(1, early)]
-    for wanted in [*inner, *[EVALUATIONS - 1] * late]:
-        at = draw.choice(["any", "checkpoint"])
-        found.append(
-            {"evaluations": wanted, "at": at, "wait": draw.uniform(0, SOON if at == "checkpoint" else seconds)}
-        )
+    for wanted in [*inner, *(EVALUATIONS - 1 + k * 2 // late for k in range(late))]:
+        at = "end" if wanted == EVALUATIONS else draw.choice(["any", "any", "checkpoint"])
+        found.append({"evaluations": wanted, "at": at, "wait": draw.uniform(0, seconds if at == "any" else SOON)})
     return found
 
 
