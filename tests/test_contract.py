@@ -26,7 +26,7 @@ from conftest import (
     train_step,
 )
 from torchcrest import BatchLoader, CheckpointError, ConfigError, CrestConfig, DataError, WeightedBatch
-from torchcrest.passes import Passes
+from torchcrest.passes import FORMAT, Passes
 
 STEPS = 20
 TOTAL = 2 * STEPS
@@ -229,7 +229,7 @@ class TestForeignStates:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"format": 99}, "state must have format 2, got 99"),
+            ({"format": 99}, f"state must have format {FORMAT}, got 99"),
             ({"steps": 7}, "steps of the checkpoint must be 20, as of this loader, got 7"),
             ({"seed": 7}, "seed of the checkpoint must be 0, as of this loader, got 7"),
             ({"examples": 7}, "examples of the checkpoint must be 300, as of this loader, got 7"),

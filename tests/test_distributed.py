@@ -137,9 +137,11 @@ def assert_alike(outcomes: list[dict[str, Any]]) -> None:
     checks = [event["passed"] for event in first["history"] if event["event"] == "check"]
     assert {True, False} <= set(checks)
     assert not first["mask"].all()
-    # One exchange a check and an exclusion, three a region (interval, coresets, norms), and the comparison of settings.
+    # One exchange a check and an exclusion, another where a check has passed (interval), three a region (interval,
+    # coresets, norms), and the comparison of settings.
     regions = sum(event["event"] == "region" for event in first["history"])
-    assert {outcome["collectives"] for outcome in outcomes} == {1 + len(first["history"]) + 2 * regions}
+    expected = 1 + len(first["history"]) + 2 * regions + sum(checks)
+    assert {outcome["collectives"] for outcome in outcomes} == {expected}
 
 
 def test_a_group_without_torch_distributed() -> None:
