@@ -111,7 +111,7 @@ class Stats:
         overhead: cost of selection, checks and curvature for each unit of training's, as it was budgeted.
         regions: quadratic models fitted.
         checks: checks of a quadratic model against the loss.
-        active: examples that are drawn from at present; the others are set aside, or not picked.
+        active: examples that are drawn from at present; the others are set aside, or not picked. 0 for a stream.
     """
 
     seconds_selecting: float = 0.0
