@@ -39,12 +39,16 @@ class _Pools(IterableDataset[tuple[Tensor, Any, Spot]]):
         self._size = size
         self._collate = reading.collate_fn or default_collate
         self._rank, self._ranks = share
-        self._has_state = by_state and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        self._has_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        self._by_state = by_state and self._has_state
+        self._origin: Any = None  # the state before anything was read, to read again from there
         self.start = Spot(0, 0, 0, None)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any, Spot]]:
-        by_state = self._has_state and self.start.state is not None
-        spot = self.start if by_state else Spot(0, 0, 0, None)
+        by_state = self._by_state and self.start.state is not None
+        spot = self.start if by_state else Spot(0, 0, 0, self._origin)
+        if self._has_state and self._origin is None:
+            self._origin = self._state()
         examples = self._examples(spot)
         while True:
             chosen: dict[int, Any] = {}
@@ -75,7 +79,10 @@ class _Pools(IterableDataset[tuple[Tensor, Any, Spot]]):
 
     def here(self, spot: Spot) -> Spot:
         """Return the spot with the state that the stream is in."""
-        return spot._replace(state=copy.deepcopy(self._dataset.state_dict())) if self._has_state else spot
+        return spot._replace(state=self._state()) if self._by_state else spot
+
+    def _state(self) -> Any:
+        return copy.deepcopy(self._dataset.state_dict())
 
 
 class StreamFeed:
