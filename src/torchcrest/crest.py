@@ -45,6 +45,11 @@ class Crest(Passes):
             (losses * weights).mean().backward()
             optimizer.step(); optimizer.zero_grad(); scheduler.step()
 
+    Random augmentation needs no care: what the data set and ``collate_fn`` draw from the global random states of
+    Python, NumPy and PyTorch's CPU is seeded for each pool, by ``seed`` and the list of its examples, and the states
+    are put back. So it is the same for any number of workers and in a resumed run, and new in each pass (but for
+    pools of one example). A generator of the data set's own is not seeded; draw from the global ones instead.
+
     Args:
         model: the model in training. It is measured as it is when a batch is asked for.
         dataset: map-style: ``__len__`` and ``__getitem__``, or ``__getitems__`` as well; it may be on disk, only what

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from torchcrest import tree
 from torchcrest.errors import CheckpointError, ConfigError, DataError, must
-from torchcrest.feed import Reading, loader_of, refuse_other_length
+from torchcrest.feed import Reading, drawing, loader_of, refuse_other_length
 
 __all__ = ["Spot", "StreamFeed", "is_stream"]
 
@@ -34,10 +34,13 @@ class Spot(NamedTuple):
 class _Pools(IterableDataset[tuple[Tensor, Any, Spot]]):
     """Cuts a stream into pools, each with the spot behind it, for the worker may be further by then."""
 
-    def __init__(self, dataset: Any, size: int, reading: Reading, share: tuple[int, int], by_state: bool) -> None:
+    def __init__(
+        self, dataset: Any, size: int, reading: Reading, seed: int, share: tuple[int, int], by_state: bool
+    ) -> None:
         self._dataset = dataset
         self._size = size
         self._collate = reading.collate_fn or default_collate
+        self._seed = seed
         self._rank, self._ranks = share
         self._has_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         self._by_state = by_state and self._has_state
@@ -52,12 +55,15 @@ class _Pools(IterableDataset[tuple[Tensor, Any, Spot]]):
         examples = self._examples(spot)
         while True:
             chosen: dict[int, Any] = {}
-            while len(chosen) < self._size:
-                spot, example = next(examples)
-                if (spot.read - 1) % self._ranks == self._rank:
-                    chosen[spot.read - 1] = example
-            if spot.read > self.start.read:  # else it has been handed over before the run was resumed
-                yield torch.tensor(list(chosen)), self._collate(list(chosen.values())), self.here(spot)
+            with drawing(self._seed, [spot.read]):  # each pool for itself, and so the same in a resumed run
+                while len(chosen) < self._size:
+                    spot, example = next(examples)
+                    if (spot.read - 1) % self._ranks == self._rank:
+                        chosen[spot.read - 1] = example
+                if spot.read <= self.start.read:  # handed over before the run was resumed
+                    continue
+                data = self._collate(list(chosen.values()))
+            yield torch.tensor(list(chosen)), data, self.here(spot)
 
     def _examples(self, spot: Spot) -> Iterator[tuple[Spot, Any]]:
         """Yield the examples from a spot on, each with the spot behind it, and start over at the end of the stream."""
@@ -95,7 +101,7 @@ class StreamFeed:
         dataset: the stream; at its end it is started over.
         size: examples in a pool.
         reading: how to read. One worker at most: each reads a copy of the stream.
-        seed: of the worker.
+        seed: of what is drawn from the global random states in reading.
         share: rank and number of ranks; each takes as its own every so many-th example.
         by_state: go on from a place by the stream's ``load_state_dict``, where it has one and ``state_dict``;
             else by reading it from the start.
@@ -119,7 +125,7 @@ class StreamFeed:
         if reading.num_workers > 1:
             do = "Each would read a copy of the whole stream; one reads ahead, in order."
             raise ConfigError(must("num_workers", "be 0 or 1 for a stream", reading.num_workers, do))
-        self._pools = _Pools(dataset, size, reading, share, by_state)
+        self._pools = _Pools(dataset, size, reading, seed, share, by_state)
         self._loader = loader_of(self._pools, reading, seed, batch_size=None, collate_fn=_as_it_is)
         self._batches: Iterator[tuple[Tensor, Any, Spot]] | None = None
         self._ahead: tuple[Tensor, Any, Spot] | None = None
