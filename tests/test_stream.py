@@ -43,7 +43,7 @@ from torchcrest.active import Draws, Place
 from torchcrest.feed import Reading
 from torchcrest.streaming import Spot, StreamFeed
 
-STEPS = 20
+STEPS = 13
 R = SMALL.pool_size
 
 
@@ -239,9 +239,9 @@ class TestCrest:
     ) -> None:
         config = {"config": replace(SMALL, exclude=False)} if make is make_crest else {}
         outcomes = []
-        for dataset in (stream(), Indexed(stream(), 3000)):
+        for dataset in (stream(), Indexed(stream(), 2000)):
             model = make_net()
-            crest: Any = make(model, dataset, **config)
+            crest: Any = make(model, dataset, steps=STEPS, **config)
             if isinstance(dataset, Indexed):
                 crest._feed._plan.draws = InOrder(crest._active.mask, 0)
             trace = train_pass(model, crest)
@@ -402,7 +402,7 @@ class TestResume:
         assert_resumes(Stateful, make_crest, every=3, stream_state=False)
 
     def test_with_a_worker(self, stream: Callable[[], Endless]) -> None:
-        assert_resumes(stream, make_crest, every=15, num_workers=1)
+        assert_resumes(stream, make_crest, every=9, num_workers=1)
 
     @pytest.mark.parametrize("by_state", [False, True])
     def test_going_back_within_a_loader(self, by_state: bool) -> None:
@@ -445,9 +445,12 @@ class TestResume:
             other.load_state_dict(crest.state_dict())
 
     def test_a_stream_that_is_gone(self) -> None:
+        class Gone(Ending):
+            length = 0
+
         state = Job(Endless, make_crest).run(1).crest.state_dict()
         with pytest.raises(DataError, match="dataset must hold at least pool_size = 48 examples, got 0"):
-            make_crest(make_net(), datasets.IterableDataset.from_generator(list)).load_state_dict(state)
+            make_crest(make_net(), Gone(), steps=STEPS).load_state_dict(state)
 
 
 class Row(NamedTuple):
@@ -509,10 +512,10 @@ class TestHuggingFace:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_resume(self, workers: int) -> None:
-        assert_resumes(hf_stream, make_crest, every=15, num_workers=workers)
+        assert_resumes(hf_stream, make_crest, every=9, num_workers=workers)
 
     def test_resume_of_a_shuffled_one(self) -> None:
-        assert_resumes(lambda: hf_stream(shuffled=True), make_crest, every=15, stream_state=False)
+        assert_resumes(lambda: hf_stream(shuffled=True), make_crest, every=9, stream_state=False)
 
     def test_ranks_that_have_their_own(self) -> None:
         for rank in range(2):
