@@ -14,6 +14,7 @@ from torchcrest.active import stream
 from torchcrest.distributed import reshard
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of
+from torchcrest.objectives import Objective, trimmed
 from torchcrest.types import Coreset
 
 __all__ = ["Region", "read_coresets", "states_of"]
@@ -70,7 +71,7 @@ class Region:
         }
 
     @classmethod
-    def read(cls, state: Mapping[str, Any], feed: Feed, model: nn.Module) -> Region:
+    def read(cls, state: Mapping[str, Any], feed: Feed, model: nn.Module, objective: Objective) -> Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
         device, named = device_of(model), dict(reshard(model).named_parameters())
         check = state["check_indices"]
@@ -81,7 +82,7 @@ class Region:
             check_at=state["check_at"],
             picked_at=state["picked_at"],
             renew_at=state["renew_at"],
-            coresets=read_coresets(state["coresets"], feed, device),
+            coresets=read_coresets(state["coresets"], feed, device, objective),
             parameters=[named[name] for name in state["parameters"]],
             check_indices=check,
             check_data=None if check is None else tree.move(feed.read(check), device),
@@ -93,7 +94,9 @@ def states_of(coresets: list[Coreset]) -> list[tuple[Tensor, Tensor, Tensor, boo
     return [(c.pool_indices, c.rows, c.weights, c.picked) for c in coresets]
 
 
-def read_coresets(states: list[tuple[Tensor, Tensor, Tensor, bool]], feed: Feed, device: torch.device) -> list[Coreset]:
+def read_coresets(
+    states: list[tuple[Tensor, Tensor, Tensor, bool]], feed: Feed, device: torch.device, objective: Objective
+) -> list[Coreset]:
     """Read coresets again, each pool once."""
     read: dict[tuple[int, ...], Any] = {}
     coresets = []
@@ -101,6 +104,6 @@ def read_coresets(states: list[tuple[Tensor, Tensor, Tensor, bool]], feed: Feed,
         key = tuple(indices.tolist())
         if key not in read:
             read = {key: feed.read(indices)}  # random batches of one pool stand side by side
-        data = tree.move(tree.take(read[key], rows), device)
+        data = tree.move(trimmed(objective, tree.take(read[key], rows)), device)
         coresets.append(Coreset(indices.cpu(), rows.cpu(), weights.to(device), data, picked))
     return coresets
