@@ -34,7 +34,10 @@ __all__ = ["CrestMixin", "CrestTrainer", "objective_for"]
 
 WEIGHTS = "crest_weights"  # beside the model's own inputs, on the way from the loader to the loss
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class CrestMixin(_Base):
@@ -72,7 +75,7 @@ class CrestMixin(_Base):
         """
         dataset, collate = self.train_dataset, self.data_collator
         if hasattr(dataset, "remove_columns"):
-            dataset = self._remove_unused_columns(dataset, description="training")  # type: ignore[arg-type]
+            dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
         self._source = dataset, collate
@@ -83,8 +86,8 @@ class CrestMixin(_Base):
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Count the examples that an epoch trains on, on all processes."""
         if getattr(dataloader, "collate_fn", None) is _ticket:
-            return len(dataloader) * self.args.per_device_train_batch_size * self.args.world_size
-        return super().num_examples(dataloader)
+            return len(dataloader) * int(self.args.per_device_train_batch_size * self.args.world_size)
+        return int(super().num_examples(dataloader))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
@@ -184,8 +187,8 @@ class CrestMixin(_Base):
         """Count the batches of an epoch on each process, as the Trainer's own loader would."""
         args = self.args
         around = math.floor if args.dataloader_drop_last else math.ceil
-        each = around(len(self.train_dataset) / args.per_device_train_batch_size) / args.world_size  # type: ignore[arg-type]
-        return max(1, around(each))
+        each = around(len(self.train_dataset) / args.per_device_train_batch_size) / args.world_size
+        return max(1, int(around(each)))
 
     def _config(self) -> CrestConfig:
         size = self.args.per_device_train_batch_size
