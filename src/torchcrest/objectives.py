@@ -156,14 +156,14 @@ def split_target(data: Any) -> tuple[Any, Any]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
-    """Call the model with a tuple's entries or a mapping's keywords; takes ``.logits`` where there are some."""
+    """Call the model with a tuple's entries or a mapping's keywords; takes ``logits`` where there are some."""
     result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    result = getattr(result, "logits", result)
+    result = result.get("logits", result) if isinstance(result, Mapping) else getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise DataError(
             must(
                 "model",
-                "return a tensor or something with .logits",
+                "return a tensor or something with logits",
                 type(result).__name__,
                 "Or pass an objective of your own.",
             )
