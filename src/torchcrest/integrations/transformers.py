@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
 from torchcrest.errors import CheckpointError, ConfigError, DataError, must
+from torchcrest.feed import examples_in
 from torchcrest.objectives import Classification, Objective, Regression, as_objective, split_target
 from torchcrest.tokens import CausalLM, TokenClassification
 from torchcrest.train.files import replacing
@@ -185,10 +186,9 @@ class CrestMixin(_Base):
 
     def _pass(self) -> int:
         """Count the batches of an epoch on each process, as the Trainer's own loader would."""
-        args = self.args
+        args, examples = self.args, examples_in(self.train_dataset, "train_dataset")
         around = math.floor if args.dataloader_drop_last else math.ceil
-        each = around(len(self.train_dataset) / args.per_device_train_batch_size) / args.world_size
-        return max(1, int(around(each)))
+        return max(1, int(around(around(examples / args.per_device_train_batch_size) / args.world_size)))
 
     def _config(self) -> CrestConfig:
         size = self.args.per_device_train_batch_size
