@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import How, Meter, device_of
-from torchcrest.objectives import Objective, as_objective
+from torchcrest.objectives import Objective, Projecting, as_objective, trimmed
 from torchcrest.overhead import Purpose
 from torchcrest.passes import Passes
 from torchcrest.proxies import source_of
@@ -140,6 +141,9 @@ class Crest(Passes):
             want = "be another than 'history' for a sharded model, whose ranks must all forward as many examples"
             raise ConfigError(must("proxy_source", want, config.proxy_source, "Use 'forward'."))
         objective = as_objective(objective)
+        if isinstance(objective, Projecting) and config.proxy_source == "history":
+            do = "The objective gives proxy gradients of its own: use 'forward'."
+            raise ConfigError(must("proxy_source", "be another than 'history' with this objective", "history", do))
         how = _how(config, device_of(model))
         self._meter = Meter(
             model,
@@ -305,12 +309,9 @@ class Crest(Passes):
             m = self.config.batch_size
             indices, data = self._feed.next()
             weights = torch.ones(m, device=device_of(self._meter.model))
-            data = tree.move(data, weights.device)
-            rows = torch.arange(len(indices))
-            self._spare = [
-                Coreset(indices, rows[start : start + m], weights.clone(), tree.part(data, start, start + m), False)
-                for start in range(0, len(indices) - m + 1, m)
-            ]
+            for start in range(0, len(indices) - m + 1, m):
+                part = tree.move(trimmed(self._meter.objective, tree.part(data, start, start + m)), weights.device)
+                self._spare.append(Coreset(indices, torch.arange(start, start + m), weights.clone(), part, False))
         return self._spare.pop(0)
 
     def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
@@ -336,8 +337,8 @@ class Crest(Passes):
             pool = self._meter.measure(indices, data)
         self._unseen.append((indices, pool.losses))
         self._look()
-        assert pool.outputs is not None
-        self._source.note(self._step, indices, pool.outputs)
+        if pool.outputs is not None:
+            self._source.note(self._step, indices, pool.outputs)
         return pool
 
     def _look(self) -> None:
@@ -374,7 +375,8 @@ class Crest(Passes):
             bias=pools[0].bias,
         )
         weights = weigh(sizes, config.weight_power)
-        return [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
+        picked = [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
+        return [replace(coreset, data=trimmed(self._meter.objective, coreset.data)) for coreset in picked]
 
     def _model_loss(self, coresets: list[Coreset], region: int) -> None:
         """Feed gradient and curvature, means over the region's coresets, to the quadratic model (step 4)."""
@@ -512,9 +514,9 @@ class Crest(Passes):
         device = device_of(self._meter.model)
         self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
         self._source.load_state_dict(state["source"])
-        self._spare = read_coresets(state["spare"], self._feed, device)
+        self._spare = read_coresets(state["spare"], self._feed, device, self._meter.objective)
         saved = state["region"]
-        self._region = saved and Region.read(saved, self._feed, self._meter.model)
+        self._region = saved and Region.read(saved, self._feed, self._meter.model, self._meter.objective)
         self._modelled = self._region.parameters if self._region else []
         self._quadratic.load_state_dict(state["quadratic"], self._modelled)
 

@@ -14,6 +14,7 @@ from torchcrest.active import stream
 from torchcrest.distributed import reshard
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of
+from torchcrest.objectives import Objective, trimmed
 from torchcrest.streaming import StreamFeed
 from torchcrest.types import Coreset
 
@@ -72,7 +73,7 @@ class Region:
         }
 
     @classmethod
-    def read(cls, state: Mapping[str, Any], feed: Feed | StreamFeed, model: nn.Module) -> Region:
+    def read(cls, state: Mapping[str, Any], feed: Feed | StreamFeed, model: nn.Module, objective: Objective) -> Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
         device, named = device_of(model), dict(reshard(model).named_parameters())
         check = state["check_indices"]
@@ -83,7 +84,7 @@ class Region:
             check_at=state["check_at"],
             picked_at=state["picked_at"],
             renew_at=state["renew_at"],
-            coresets=read_coresets(state["coresets"], feed, device),
+            coresets=read_coresets(state["coresets"], feed, device, objective),
             parameters=[named[name] for name in state["parameters"]],
             check_indices=check,
             check_data=None if check is None else tree.move(feed.read(check, *state["check_kept"]), device),
@@ -95,7 +96,9 @@ def states_of(coresets: list[Coreset], feed: Feed | StreamFeed) -> list[tuple[An
     return [(c.pool_indices, c.rows, c.weights, c.picked, *feed.kept(c.data)) for c in coresets]
 
 
-def read_coresets(states: list[tuple[Any, ...]], feed: Feed | StreamFeed, device: torch.device) -> list[Coreset]:
+def read_coresets(
+    states: list[tuple[Any, ...]], feed: Feed | StreamFeed, device: torch.device, objective: Objective
+) -> list[Coreset]:
     """Read coresets again, each pool once."""
     read: dict[tuple[int, ...], Any] = {}
     coresets = []
@@ -103,6 +106,7 @@ def read_coresets(states: list[tuple[Any, ...]], feed: Feed | StreamFeed, device
         key = tuple(indices.tolist())
         if not kept and key not in read:
             read = {key: feed.read(indices)}  # random batches of one pool stand side by side
-        data = feed.read(indices, *kept) if kept else tree.take(read[key], rows)
+        # What was kept was trimmed before.
+        data = feed.read(indices, *kept) if kept else trimmed(objective, tree.take(read[key], rows))
         coresets.append(Coreset(indices.cpu(), rows.cpu(), weights.to(device), tree.move(data, device), picked))
     return coresets

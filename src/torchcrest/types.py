@@ -40,7 +40,7 @@ class Pool:
         features: ``[r, k]`` inputs of the last layer where the whole layer's gradient is asked for.
         bias: the last layer has a bias (only read where there are features).
         labels: ``[r]`` class labels, or None where there are none.
-        outputs: ``[r, ...]`` what the model returned, without a graph.
+        outputs: ``[r, ...]`` what the model returned, without a graph; None where the objective gives the proxies.
     """
 
     indices: Tensor
