@@ -834,7 +834,7 @@ class TestRefusals:
         several = make(tmp_path, train_dataset=rows, data_collator=collate_soft, max_steps=3, objective=several_labels)
         several.train()
 
-    @pytest.mark.parametrize("data", [None, iter([]), []])
+    @pytest.mark.parametrize("data", [None, []])
     def test_data_that_are_not_map_style(self, data: Any, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train_dataset must (be a map-style data set|hold examples)"):
             make(tmp_path, train_dataset=data).train()
