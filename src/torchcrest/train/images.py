@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def cifar(path: Path, classes: int) -> Arrays | None:
                 return {
                     "x_train": np.concatenate(x[:-1]).reshape(shape),
                     "y_train": np.concatenate(y[:-1]),
-                    "x_test": x[-1].reshape(shape),
+                    "x_test": np.concatenate(x[-1:]).reshape(shape),
                     "y_test": y[-1],
                 }
     return None
@@ -122,7 +123,7 @@ def _packed(archive: Path) -> dict[str, Callable[[], bytes]]:
                 file = tar.extractfile(member) if Path(member.name).name in wanted and member.isfile() else None
                 if file:
                     held[Path(member.name).name] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(must(str(archive), "be an archive of CIFAR", str(error), do)) from error
     return {name: lambda data=data: data for name, data in held.items()}  # type: ignore[misc]
 
