@@ -26,7 +26,7 @@ from torchcrest.train.methods import METHODS
 from torchcrest.train.run import Interrupted, train
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.sources import Split
-from torchcrest.train.tasks import load
+from torchcrest.train.tasks import Task, load
 from torchcrest.train.texts import Bag, Texts, build_text, texts_of
 
 WORDS = ["cold", "warm", "sun", "ice", "the", "is", "a", "not", "and", "of"]
@@ -54,25 +54,25 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write(folder / "pairs_train.jsonl.gz", TRAIN))
 
 
-def save_model(folder: Path, *, typed: bool = True, pad: str | None = "[PAD]", labels: int = 2) -> str:
+def save_model(folder: Path, *, typed: bool = True, pad: str | None = "[PAD]") -> str:
     """Save a tiny BERT and its tokenizer of words, as save_pretrained does with a large one."""
     tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(SPECIAL + WORDS)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
-    transformers.PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=pad,
         unk_token="[UNK]",
         model_max_length=20,
         model_input_names=names,
     ).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=14, max_position_embeddings=20, num_labels=labels, **sizes)
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=14, max_position_embeddings=20, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.BertModel(config).save_pretrained(folder)
@@ -274,7 +274,7 @@ def test_bag_is_means_of_word_vectors() -> None:
     tokens, types = torch.tensor([[3, 4, 5, 0]]), torch.tensor([[0, 0, 1, 0]])
     first, second = (vectors[3] + vectors[4]) / 2, vectors[5]
     features = torch.cat([first, second, (first - second).abs(), first * second])
-    want = model.head(torch.relu(model.body[0](features)))  # type: ignore[operator]
+    want = model.head(torch.relu(model.body[0](features)))
     got = model(input_ids=tokens, attention_mask=(tokens > 0).long(), token_type_ids=types)
     torch.testing.assert_close(got[0], want)
     padded = torch.cat([tokens, torch.zeros(1, 5, dtype=torch.int64)], 1)
@@ -283,7 +283,7 @@ def test_bag_is_means_of_word_vectors() -> None:
     alone = model(tokens, (tokens > 0).long())
     mean = (vectors[3] + vectors[4] + vectors[5]) / 3
     features = torch.cat([mean, torch.zeros_like(mean), mean.abs(), torch.zeros_like(mean)])
-    torch.testing.assert_close(alone[0], model.head(torch.relu(model.body[0](features))))  # type: ignore[operator]
+    torch.testing.assert_close(alone[0], model.head(torch.relu(model.body[0](features))))
     assert torch.isfinite(model(tokens[:, :0], tokens[:, :0])).all()
 
 
@@ -388,7 +388,12 @@ def test_without_its_random_states_a_checkpoint_is_refused(tmp_path: Path, file:
 def test_a_comparison_loads_the_task_once_and_tells_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(write(tmp_path / "all.jsonl", TRAIN))
     loads: list[str] = []
-    monkeypatch.setattr("torchcrest.train.run.load", lambda *args, **kw: loads.append(args[0]) or load(*args, **kw))
+
+    def counted(name: str, **kw: Any) -> Task:
+        loads.append(name)
+        return load(name, **kw)
+
+    monkeypatch.setattr("torchcrest.train.run.load", counted)
     runs = plan(settings(file, "bag", epochs=1), ["random", "crest"], [0.2], [0, 1])
     said: list[str] = []
     compare(runs, tmp_path / "runs", equal_time=False, say=said.append)
