@@ -87,7 +87,7 @@ def final(folder: str) -> Any:
 
 
 def test_tells_what_was_left_out_of_the_data(command: Command) -> None:
-    lines = [{"text": f"{'good bad'.split()[k % 2]} thing", "label": k % 2 if k else -1} for k in range(41)]
+    lines = [{"text": f"{['good', 'bad'][k % 2]} thing", "label": k % 2 if k else -1} for k in range(41)]
     with gzip.open("opinions.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     words = ["text:opinions.jsonl.gz", "--model=bag", *QUICK, "--crest.pool_size=20"]
