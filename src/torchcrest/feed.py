@@ -19,7 +19,7 @@ from torchcrest import tree
 from torchcrest.active import Draws, Place, stream
 from torchcrest.errors import ConfigError, DataError, must
 
-__all__ = ["Feed", "Reading", "examples_in", "reader_of", "refuse_other_length"]
+__all__ = ["Feed", "Reading", "drawing", "examples_in", "loader_of", "reader_of", "refuse_other_length"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,35 @@ def examples_in(dataset: Any, name: str = "dataset") -> int:
                 name,
                 want,
                 type(dataset).__name__,
-                "Coresets are picked by index: wrap a stream in a list.",
+                "Wrap a stream in a list; Crest reads a torch.utils.data.IterableDataset, too.",
             )
         )
     if len(dataset) == 0:
         raise DataError(must(name, "hold examples", "an empty one", "Check its path and split."))
     return len(dataset)
+
+
+def loader_of(dataset: Any, reading: Reading, seed: int, **what: Any) -> DataLoader[Any]:
+    """Build the loader of a data set; the rest says what it reads.
+
+    Raises:
+        ConfigError: settings that it refuses.
+    """
+    try:
+        return DataLoader(
+            dataset,
+            num_workers=reading.num_workers,
+            pin_memory=reading.pin_memory,
+            prefetch_factor=reading.prefetch_factor,
+            timeout=reading.timeout,
+            worker_init_fn=reading.worker_init_fn,
+            multiprocessing_context=reading.multiprocessing_context,
+            # Its own generator: DataLoader would otherwise draw the workers' seed from the user's.
+            generator=stream(seed, "workers"),
+            **what,
+        )
+    except ValueError as error:
+        raise ConfigError(f"The data loader refuses its settings: {error}") from error
 
 
 def refuse_other_length(data: Any, examples: int) -> None:
@@ -100,12 +123,12 @@ class _Seeded(Dataset[Any]):
         """Return the batch."""
         together = getattr(self._dataset, "__getitems__", None)
         draws = getattr(self._dataset, "deterministic", False) is not True
-        with _drawing(self._seed, rows) if draws else nullcontext():
+        with drawing(self._seed, rows) if draws else nullcontext():
             return self._collate(together(rows) if together else [self._dataset[row] for row in rows])
 
 
 @contextmanager
-def _drawing(seed: int, rows: list[int]) -> Iterator[None]:
+def drawing(seed: int, rows: list[int]) -> Iterator[None]:
     """Seed the global random states of Python, NumPy and PyTorch's CPU; afterwards they are as before."""
     key = f"{seed}:reading:".encode() + np.asarray(rows, dtype="<i8").tobytes()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
@@ -169,22 +192,7 @@ class Feed:
         self._plan = _Plan(draws, size)
         self._stale = 0  # pools drawn ahead that are no longer wanted
         self._batches: Iterator[Any] | None = None
-        try:
-            self._loader: DataLoader[Any] = DataLoader(
-                self._dataset,
-                batch_sampler=self._plan,
-                num_workers=reading.num_workers,
-                collate_fn=self._collate,
-                pin_memory=reading.pin_memory,
-                prefetch_factor=reading.prefetch_factor,
-                timeout=reading.timeout,
-                worker_init_fn=reading.worker_init_fn,
-                multiprocessing_context=reading.multiprocessing_context,
-                # Its own generator: DataLoader would otherwise draw the workers' seed from the user's.
-                generator=stream(seed, "workers"),
-            )
-        except ValueError as error:
-            raise ConfigError(f"The data loader refuses its settings: {error}") from error
+        self._loader = loader_of(self._dataset, reading, seed, batch_sampler=self._plan, collate_fn=self._collate)
 
     def next(self) -> tuple[Tensor, Any]:
         """Return the next pool: its indices ``[size]`` and its data, on the CPU.
@@ -206,6 +214,19 @@ class Feed:
     def read(self, indices: Tensor) -> Any:
         """Read a pool again, in this process, as the workers would."""
         return self._dataset.__getitems__(indices.tolist())
+
+    def kept(self, data: Any) -> tuple[Any, ...]:
+        """Return what a state has to hold of data: nothing, they can be read again."""
+        return ()
+
+    def state_dict(self) -> list[Any]:
+        """Return the place, as plain numbers."""
+        return [self.place.number, self.place.position, list(self.place.put_off)]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Go on from the place of a state."""
+        number, position, put_off = state
+        self.seek(Place(number, position, tuple(put_off)))
 
     def redraw(self) -> None:
         """Forget what was drawn ahead: the active set has changed."""

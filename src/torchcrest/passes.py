@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
+from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, must
 from torchcrest.measure import device_of, synchronize
 from torchcrest.types import Stats, WeightedBatch, no_indices
 
@@ -31,13 +31,13 @@ class Passes(ABC):
     Attributes:
         history: what happened, an entry an event, oldest first.
         stats: what selection has cost so far.
-        indices: data-set positions of the batch handed out last, on the CPU.
+        indices: data-set positions of the batch handed out last (of a stream, running numbers), on the CPU.
         on_phase: called when another phase of the work begins, with its name; None: nobody listens.
     """
 
     method: str
 
-    def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int) -> None:
+    def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int | None) -> None:
         problems = []
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             problems.append(
@@ -53,7 +53,7 @@ class Passes(ABC):
         if problems:
             raise ConfigError(problems)
         self.history: list[dict[str, Any]] = []
-        self.stats = Stats(active=examples)
+        self.stats = Stats(active=examples or 0)
         self.indices: Tensor = no_indices()
         self.on_phase: Callable[[Phase], None] | None = None
         self._model = model
@@ -117,6 +117,8 @@ class Passes(ABC):
             self.history = [dict(event) for event in state["history"]]
             self.stats = Stats(**state["stats"])
             self._step, self._position = int(state["step"]), int(state["position"])
+        except (CheckpointError, DataError):
+            raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"The {self.method} state is damaged ({type(error).__name__}: {error}). Use an older one."
@@ -202,7 +204,8 @@ class Passes(ABC):
                 f"{name} of the checkpoint",
                 f"be {own[name]!r}, as of this loader",
                 state.get(name),
-                "Resume with what it was made with.",
+                "Resume with what it was made with."
+                + (" None stands for a stream." if None in (own[name], state.get(name)) else ""),
             )
             for name in ("method", "examples", "steps", "seed")
             if state.get(name) != own[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from torchcrest import tree
-from torchcrest.active import Draws, Place, stream
+from torchcrest.active import Draws, stream
 from torchcrest.checks import Checks
 from torchcrest.config import steps_of
 from torchcrest.errors import ConfigError, must
@@ -193,12 +193,10 @@ class SubsetLoader(Passes, Generic[Config]):
         return self.config.to_dict()
 
     def _state(self) -> dict[str, Any]:
-        place = self._feed.place
-        return {"place": [place.number, place.position, list(place.put_off)], "weights": self._weights.clone()}
+        return {"place": self._feed.state_dict(), "weights": self._weights.clone()}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._weights.copy_(state["weights"])
         self._chosen.copy_(self._weights > 0)
-        number, position, put_off = state["place"]
-        self._feed.seek(Place(number, position, tuple(put_off)))
+        self._feed.load_state_dict(state["place"])
         self._meter.forwarded = state["stats"]["examples_forwarded"]

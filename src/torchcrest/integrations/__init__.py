@@ -1,0 +1,1 @@
+"""Adapters to other libraries' trainers, each of which needs that library."""
