@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from dataclasses import asdict
 from typing import Any
 
@@ -151,6 +152,18 @@ class TestStreams:
         assert_same_outcome(alone, helped)
         if "exclude" in {event["event"] for event in alone.loader.history}:
             assert sum(event["excluded"] for event in events(alone.loader, "exclude")) > 0, "nothing was drawn anew"
+
+    def test_closing_ends_the_workers_and_not_the_run(self, make_loader: MakeLoader, blobs: Blobs) -> None:
+        alone = Job(make_loader, blobs).run(TOTAL)
+        helped = Job(make_loader, blobs, num_workers=2)
+        before = set(multiprocessing.active_children())
+        for step in (5, 12, TOTAL):
+            helped.run(step)
+            assert len(set(multiprocessing.active_children()) - before) == 2
+            helped.loader.close()
+            assert set(multiprocessing.active_children()) <= before
+        assert alone.trace == helped.trace
+        assert_same_outcome(alone, helped)
 
     def test_changing_a_batch_does_not_change_the_run(self, make_loader: MakeLoader) -> None:
         def collect(spoil: bool) -> list[Any]:

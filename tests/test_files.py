@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import SMALL, Blobs, same
+from conftest import BOUNDED, SMALL, Blobs, same
 from torchcrest.config import CrestConfig
 from torchcrest.errors import CheckpointError, ConfigError, DataError
 from torchcrest.train import run
-from torchcrest.train.files import RunFiles, replacing
+from torchcrest.train.files import FORMAT, RunFiles, replacing
 from torchcrest.train.run import Interrupted, train
 from torchcrest.train.settings import RunSettings
 
@@ -178,6 +181,26 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(files: RunFiles) -> None:
         files.read_checkpoint()
 
 
+def test_a_checkpoint_of_another_format_is_refused_and_left_in_place(files: RunFiles) -> None:
+    files.write_checkpoint({"loader": {}, "settings": {}})
+    state = files.read_checkpoint()
+    for other in (FORMAT + 1, None):
+        torch.save({**state, "format": other}, files.checkpoint)
+        content = files.checkpoint.read_bytes()
+        match = rf"checkpoint\.pt must have format {FORMAT}, got {other}\. Go on with the torchcrest that wrote it"
+        with pytest.raises(CheckpointError, match=match):
+            files.read_checkpoint()
+        assert files.checkpoint.read_bytes() == content
+
+
+def test_sweeping_leaves_all_but_what_is_half_written(files: RunFiles) -> None:
+    names = {"config.yaml", "metrics.jsonl", "checkpoint.pt", "summary.json"}
+    for name in (*names, *(f".{name}.a1b2c3d4" for name in names), ".notes.txt", "checkpoint.pt.old"):
+        (files.folder / name).touch()
+    files.sweep()
+    assert set(os.listdir(files.folder)) == {*names, ".notes.txt", "checkpoint.pt.old"}
+
+
 # Stopping and resuming -------------------------------------------------------------------------------------
 
 
@@ -257,6 +280,57 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path:
     files.checkpoint.unlink()
     train(settings(task), files.folder, resume=True)
     assert outcome(tmp_path / "whole")[1:] == outcome(files.folder)[1:]
+
+
+def die(settings: RunSettings, folder: Path, moment: str, times: int) -> None:
+    """Go on with a run until something has been done so many times, and be killed there."""
+    left, place = iter(range(times - 1, -1, -1)), os if moment == "replace" else RunFiles
+    act = getattr(place, moment)
+
+    def last(*args: Any) -> None:
+        half = moment == "replace"  # a checkpoint that is written and has not its name yet
+        if half and Path(args[1]).name != "checkpoint.pt":
+            return act(*args)
+        if not half:
+            act(*args)
+        if not next(left):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(*args) if half else None
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    setattr(place, moment, last)
+    train(settings, folder, resume=True)
+
+
+KILLS = [
+    *(("sweep", 1), ("write_config", 1), ("append_metrics", 1), ("replace", 1), ("write_checkpoint", 1)),
+    *(("append_metrics", 2), ("replace", 1), ("read_checkpoint", 1), ("write_checkpoint", 2), ("append_metrics", 1)),
+    *(("replace", 1), ("write_checkpoint", 1), ("write_summary", 1)),
+]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """A checkpoint every third step; each process is killed where it has no chance to tidy up."""
+    random = np.random.default_rng(0)
+    y = random.integers(3, size=90)
+    x = (random.integers(0, 90, (90, 8, 8)) + 60 * y[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
+    given = {"augment": True, "flip": True, "num_workers": 2, "epochs": 6, "budget": 0.75, "evaluations": 6}
+    run = settings(f"npz:{tmp_path / 'images.npz'}", **given, crest=BOUNDED)
+    assert train(run, tmp_path / "whole")["steps"] == 18
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchcrest.train.run"])
+    for kill in KILLS:
+        process = context.Process(target=die, args=(run, tmp_path / "killed", *kill))
+        process.start()
+        process.join(100)
+        assert process.exitcode == -signal.SIGKILL, kill
+    train(run, tmp_path / "killed", resume=True)
+    assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
+    whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
+    assert same(whole[0], killed[0])
+    assert whole[1:] == killed[1:]
 
 
 def test_resuming_what_is_not_there_begins(tmp_path: Path, task: str) -> None:

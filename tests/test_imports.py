@@ -97,7 +97,7 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
 def test_importing_the_library_loads_nothing_of_the_command() -> None:
     code = "import sys, torchcrest; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for name in ("rich", "jsonargparse", "matplotlib", "sklearn", "mnist1d"):
+    for name in ("rich", "jsonargparse", "matplotlib", "sklearn", "mnist1d", "lightning"):
         assert f"'{name}'" not in loaded
     assert "'torch'" in loaded
 

@@ -213,7 +213,7 @@ class Crest(Passes):
                 self._account.enter_steps(self._step)
             if region and self._step >= region.check_at:
                 fresh = self._check()
-            if self.config.exclude and self._examples and self._step and self._step % self._learned_steps == 0:
+            if self.config.exclude and self.examples and self._step and self._step % self._learned_steps == 0:
                 self._exclude()
             if self._region is None:
                 self._region = self._begin_region(fresh)
@@ -349,7 +349,7 @@ class Crest(Passes):
         parts = together.split([len(indices) for indices, _ in self._unseen])
         for (indices, _), losses in zip(self._unseen, parts, strict=True):
             self._refuse_non_finite(indices, losses)
-            if self._examples:
+            if self.examples:
                 self._active.record(indices, losses)
         self._unseen.clear()
 
@@ -488,7 +488,7 @@ class Crest(Passes):
         self._ranks.refuse_foreign(state)
 
     def _settings(self) -> dict[str, Any]:
-        stream = {"stream_sharded": self._stream_sharded} if self._examples is None else {}
+        stream = {"stream_sharded": self._stream_sharded} if self.examples is None else {}
         return {**self.config.to_dict(), **stream}
 
     def _state(self) -> dict[str, Any]:

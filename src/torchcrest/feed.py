@@ -236,3 +236,10 @@ class Feed:
         """Go on from a place."""
         self.place = self._plan.draws.place = place
         self._stale = len(self._plan.ahead)
+
+    def close(self) -> None:
+        """End the workers. The next pool starts new ones, which read again what these have read ahead."""
+        self.redraw()
+        self._batches = None
+        self._plan.ahead.clear()
+        self._stale = 0

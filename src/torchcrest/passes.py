@@ -13,7 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, must
+from torchcrest.feed import Feed
 from torchcrest.measure import device_of, synchronize
+from torchcrest.streaming import StreamFeed
 from torchcrest.types import Stats, WeightedBatch, no_indices
 
 __all__ = ["FORMAT", "Passes", "Phase"]
@@ -29,6 +31,7 @@ class Passes(ABC):
     It has a length and is no DataLoader, so trainers neither read ahead of it nor replace its sampler.
 
     Attributes:
+        examples: in the data set; None for a stream.
         history: what happened, an entry an event, oldest first.
         stats: what selection has cost so far.
         indices: data-set positions of the batch handed out last (of a stream, running numbers), on the CPU.
@@ -36,6 +39,7 @@ class Passes(ABC):
     """
 
     method: str
+    _feed: Feed | StreamFeed
 
     def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int | None) -> None:
         problems = []
@@ -52,13 +56,13 @@ class Passes(ABC):
             problems.append(must("seed", "be a whole number of at least 0", seed, "Use for example 0."))
         if problems:
             raise ConfigError(problems)
+        self.examples = examples
         self.history: list[dict[str, Any]] = []
         self.stats = Stats(active=examples or 0)
         self.indices: Tensor = no_indices()
         self.on_phase: Callable[[Phase], None] | None = None
         self._model = model
         self._seed = seed
-        self._examples = examples
         self._steps = steps
         self._step = 0  # batches handed out in the run
         self._position = 0  # batches handed out in the pass
@@ -89,6 +93,10 @@ class Passes(ABC):
             losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
             outputs: ``[batch_size, ...]`` of the model, likewise.
         """
+
+    def close(self) -> None:
+        """End the worker processes now and not when the loader is collected; the next batch starts new ones."""
+        self._feed.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to carry the run on: tensors, numbers and strings only.
@@ -176,7 +184,7 @@ class Passes(ABC):
         return {
             "format": FORMAT,
             "method": self.method,
-            "examples": self._examples,
+            "examples": self.examples,
             "steps": self._steps,
             "seed": self._seed,
             "settings": self._settings(),

@@ -189,6 +189,10 @@ class StreamFeed:
         self.place = self._pools.start = place
         self._batches = self._ahead = None
 
+    def close(self) -> None:
+        """End the worker. The next pool starts a new one, which reads again what this has read ahead."""
+        self.seek(self.place)
+
 
 def _as_it_is(pool: Any) -> Any:
     """Leave what is a pool already."""

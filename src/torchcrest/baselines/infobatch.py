@@ -168,7 +168,7 @@ class InfoBatch(Passes):
             self._kept[order[:dropped]] = False
         self._left = self.stats.active = int(self._kept.sum())
         self._feed.seek(Place(self._epoch, 0, ()))
-        self._log("epoch", epoch=self._epoch, kept=self._left, examples=self._examples)
+        self._log("epoch", epoch=self._epoch, kept=self._left, examples=self.examples)
 
     def _gather(self) -> None:
         """Enter the observed losses. Waits for the device."""

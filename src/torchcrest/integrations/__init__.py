@@ -1,1 +1,1 @@
-"""Adapters to other libraries' trainers, each of which needs that library."""
+"""Adapters to the trainers of other libraries, each with an extra of its own."""

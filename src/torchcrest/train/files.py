@@ -16,7 +16,9 @@ import yaml
 
 from torchcrest.errors import CheckpointError, DataError, must
 
-__all__ = ["RunFiles", "blocked", "replacing"]
+__all__ = ["FORMAT", "RunFiles", "blocked", "replacing"]
+
+FORMAT = 1  # of checkpoint.pt; to be raised when an older one can no longer be read
 
 
 @contextmanager
@@ -65,6 +67,12 @@ class RunFiles:
         """Tell whether the run here came to its end."""
         return self.summary.exists()
 
+    def sweep(self) -> None:
+        """Remove what a process that was killed has left half written."""
+        for path in (self.config, self.metrics, self.checkpoint, self.summary):
+            for left in self.folder.glob(f".{path.name}.*"):
+                left.unlink()
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         with replacing(self.config) as file:
@@ -97,6 +105,8 @@ class RunFiles:
         """Add lines to metrics.jsonl."""
         with self.metrics.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint that knows of them must not be older
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the lines of metrics.jsonl; a last line that was cut off is left out."""
@@ -121,13 +131,13 @@ class RunFiles:
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write checkpoint.pt."""
         with replacing(self.checkpoint) as file:
-            torch.save(dict(state), file)
+            torch.save({**state, "format": FORMAT}, file)
 
     def read_checkpoint(self) -> dict[str, Any]:
         """Read checkpoint.pt, tensors on the CPU; code in it is not run.
 
         Raises:
-            CheckpointError: it is no checkpoint of a run, or damaged.
+            CheckpointError: it is no checkpoint of a run, damaged, or of another format.
         """
         try:
             with zipfile.ZipFile(self.checkpoint) as file:
@@ -142,6 +152,9 @@ class RunFiles:
             got = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
             do = "It is another program's: move it away, or use another --out."
             raise CheckpointError(must(str(self.checkpoint), "hold a torchcrest run", got, do))
+        if state.get("format") != FORMAT:
+            do = "Go on with the torchcrest that wrote it, or use another --out."
+            raise CheckpointError(must(str(self.checkpoint), f"have format {FORMAT}", state.get("format"), do))
         return state
 
 

@@ -236,6 +236,7 @@ class _Run:
 
     def _go(self) -> dict[str, Any]:
         """Train, between the beginning and the end of what measures and tracks."""
+        self.files.sweep()
         if self.files.checkpoint.exists():
             self._load()
         else:
