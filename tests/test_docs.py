@@ -17,6 +17,13 @@ README = [code for language, code in FENCES.findall((ROOT / "README.md").read_te
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if FENCES.search(path.read_text()))
 # Lines that are no command of ours, and what runs them in its place.
 ELSEWHERE = {"torchrun --standalone --nproc_per_node 2 examples/distributed.py": "test_distributed.py"}
+# What other libraries warn of by themselves.
+THEIRS = [
+    "'pin_memory' argument is set as true but no accelerator",
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    "The '.*_dataloader' does not have many workers",
+]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in THEIRS]
 
 
 def run(code: str, names: dict[str, object], path: Path) -> None:

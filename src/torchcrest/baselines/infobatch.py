@@ -88,6 +88,7 @@ class InfoBatch(Passes):
     """
 
     method = "infobatch"
+    _feed: Feed
 
     def __init__(
         self,
