@@ -2,25 +2,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: install demo test lint types format docs clean
 
 install: $(INSTALLED)
 
 # The pin keeps pip from taking a build of torch with gigabytes of CUDA packages.
-$(INSTALLED): pyproject.toml constraints.txt
+$(RUNNABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --editable ".[all]"
+	touch $@
+
+$(INSTALLED): $(RUNNABLE)
+	$(PIP) --editable ".[dev]"
 	touch $@
 
 # Full training, random data and CREST at a tenth of the steps; runs that are there are not run again. The net is
 # tiny: a second thread would not make it faster, and on a busy machine the two would wait for each other.
-demo: install
+demo: $(RUNNABLE)
 	OMP_NUM_THREADS=1 $(BIN)/torchcrest compare mnist1d --methods full random crest --budget 0.1 --seeds 0 1 2 --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -34,7 +40,7 @@ format: install
 	$(BIN)/ruff format .
 
 docs: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	$(PIP) --editable ".[docs]"
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
 	@echo "Docs: docs/_build/index.html"
 

@@ -1,7 +1,9 @@
 """What a step with selection costs beside a plain one: crest and random data in turn, in pairs, in one process.
 
 Each pair is a run of random data and then one of each variant, of as many steps, in the harness of `torchcrest
-train`: selection inside the clock, evaluation outside. The ratio is that of a pair; medians are printed.
+train`: selection inside the clock, evaluation outside. The ratio is that of a pair; medians are printed. Beside it
+is the share of selection in one run, over the time of that run's own steps: a machine that is busy for a while
+moves the ratio and not the share.
 
     python benchmarks/overhead.py npz:glyphs62.npz --model resnet20 --steps 60 --pairs 3 \
         --out benchmarks/overhead-resnet20.jsonl
@@ -53,6 +55,7 @@ def main() -> None:
     short = args.task.rpartition("/")[2]
     examples = len(load(args.task).train)
     ratios: dict[str, list[float]] = {name: [] for name in args.variants}
+    shares: dict[str, list[float]] = {name: [] for name in args.variants}
     with args.out.open("w") as file:
         for pair in range(args.pairs):
             plain = 0.0
@@ -81,11 +84,14 @@ def main() -> None:
                 file.flush()
                 if own is not None:
                     ratios[name].append(ratio)
+                    spent = sum(summary[f"seconds_{phase}"] for phase in ("selecting", "checking", "curvature"))
+                    shares[name].append(spent / (summary["seconds"] - spent))
                 step, coresets = summary["seconds"] / summary["steps"], summary["coresets"] / summary["steps"]
                 print(f"{name}: {step * 1000:.0f} ms a step, ratio {ratio:.2f}, coresets {coresets:.0%}", flush=True)
-    print("| variant | crest / random seconds: median (least to most) |\n| --- | ---: |")
-    for name, values in ratios.items():
-        print(f"| {name} | {median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |")
+    print("| variant | crest / random seconds: median (least to most) | selection / own steps |\n| --- | ---: | ---: |")
+    for name in args.variants:
+        columns = [f"{median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in (ratios[name], shares[name])]
+        print(f"| {name} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

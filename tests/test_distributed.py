@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from conftest import SMALL, Batch, Blobs, make_crest, make_net, same, sgd, train_step
 from torchcrest import ConfigError, WeightedBatch
@@ -73,7 +75,7 @@ def error_of(act: Callable[[], Any]) -> str:
 class Run:
     """A training run of one rank, and what it was trained on."""
 
-    def __init__(self, model: nn.Module, dataset: Blobs, **kw: Any) -> None:
+    def __init__(self, model: nn.Module, dataset: Any, **kw: Any) -> None:
         self.model, self.optimizer = model, sgd(model)
         self.crest = make_crest(model, dataset, **{"steps": STEPS, "config": CONFIG, **kw})
         self.trace: list[list[int]] = []
@@ -137,9 +139,11 @@ def assert_alike(outcomes: list[dict[str, Any]]) -> None:
     checks = [event["passed"] for event in first["history"] if event["event"] == "check"]
     assert {True, False} <= set(checks)
     assert not first["mask"].all()
-    # One exchange a check and an exclusion, three a region (interval, coresets, norms), and the comparison of settings.
+    # One exchange a check and an exclusion, another where a check has passed (interval), three a region (interval,
+    # coresets, norms), and the comparison of settings.
     regions = sum(event["event"] == "region" for event in first["history"])
-    assert {outcome["collectives"] for outcome in outcomes} == {1 + len(first["history"]) + 2 * regions}
+    expected = 1 + len(first["history"]) + 2 * regions + sum(checks)
+    assert {outcome["collectives"] for outcome in outcomes} == {expected}
 
 
 def test_a_group_without_torch_distributed() -> None:
@@ -359,6 +363,38 @@ def test_measuring_does_not_disturb_the_training(trained_otherwise: list[Any], w
     assert history == other_history
     assert same(parameters, other_parameters)
     assert [event for event in history if event["event"] == "check"]
+
+
+# Streams ---------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset[Batch]):
+    """The same examples over and over, or every so many-th of them."""
+
+    def __init__(self, start: int = 0, step: int = 1) -> None:
+        self.blobs, self.start, self.step = Blobs(), start, step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.blobs[i % 300] for i in itertools.count(self.start, self.step))
+
+
+def train_on_stream(rank: int, size: int) -> Any:
+    whole = Run(ddp(), Stream()).go(keep=True)
+    resumed = Run(ddp(), Stream()).load(whole.states[16]).go()
+    sharded = Run(ddp(), Stream(rank, size), stream_sharded=True).go()
+    refusal = error_of(lambda: make_crest(ddp(), Stream(), steps=STEPS, stream_sharded=rank == 1))
+    return [run.outcome() for run in (whole, resumed, sharded)], refusal
+
+
+def test_ranks_share_a_stream(tmp_path: Path) -> None:
+    ranks = launch(train_on_stream, 2, tmp_path)
+    for rank, ((whole, resumed, sharded), refusal) in enumerate(ranks):
+        assert {i % 2 for batch in whole["trace"] for i in batch} == {rank}
+        assert [[(i - rank) // 2 for i in batch] for batch in whole["trace"]] == sharded["trace"]
+        for other in (resumed, sharded, ranks[1 - rank][0][0]):
+            assert other["history"] == whole["history"]
+            assert same(other["parameters"], whole["parameters"])
+        assert "stream_sharded must be the same on all ranks, got" in refusal
 
 
 # FSDP2 -----------------------------------------------------------------------------------------------------

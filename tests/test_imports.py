@@ -16,8 +16,8 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", 
 
 LEVELS = [
     {"errors", "checks", "types", "tree", "config"},
-    {"objectives", "solvers", "quadratic", "active", "distributed", "overhead"},
-    {"measure", "feed", "proxies", "account"},
+    {"objectives", "tokens", "solvers", "quadratic", "active", "distributed", "overhead"},
+    {"measure", "feed", "streaming", "proxies", "account"},
     {"passes", "region", "crest", "baselines"},
     {"train", "integrations"},
     {"report"},
@@ -30,12 +30,15 @@ ALLOWED = {
     ("config", "checks"),
     ("config", "errors"),
     ("types", "errors"),
+    ("tokens", "objectives"),
     ("proxies", "measure"),
     ("account", "measure"),
     ("account", "proxies"),
+    ("streaming", "feed"),
     ("crest", "passes"),
     ("crest", "region"),
     ("baselines", "passes"),
+    ("integrations", "train"),
 }
 # Only these may be imported by what is at the bottom; the rest of the world comes with the command.
 BOTTOM = {"torch", "numpy"}

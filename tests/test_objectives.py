@@ -54,6 +54,13 @@ class TestBatches:
 
         assert torch.equal(Classification().outputs(Wrapped(), (X, Y)), X * 2)
 
+    def test_outputs_by_name(self) -> None:
+        class Named(nn.Module):
+            def forward(self, x: Tensor) -> Any:
+                return {"loss": None, "logits": x * 2}
+
+        assert torch.equal(Classification().outputs(Named(), (X, Y)), X * 2)
+
     @pytest.mark.parametrize("data", [X, (X,), "text", None, 3])
     def test_no_pair(self, data: Any) -> None:
         with pytest.raises(DataError, match=r"batch must be a tuple \(inputs, target\) or a mapping, got"):
@@ -68,7 +75,7 @@ class TestBatches:
             def forward(self, x: Tensor) -> Any:
                 return x, x
 
-        with pytest.raises(DataError, match=r"model must return a tensor or something with \.logits, got 'tuple'"):
+        with pytest.raises(DataError, match=r"model must return a tensor or something with logits, got 'tuple'"):
             call_model(Both(), (X,))
 
 

@@ -22,7 +22,7 @@ from torchcrest.train import run
 from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import METHODS, Config
 from torchcrest.train.models import build
-from torchcrest.train.run import Status, prepare, train
+from torchcrest.train.run import Interrupted, Status, prepare, train
 from torchcrest.train.schedule import learning_rate
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
@@ -224,6 +224,22 @@ def test_augments_images(tmp_path: Path, images_file: str, method: str) -> None:
         train(settings(images_file, augment=augment, flip=augment, **options), tmp_path / name)
     assert same(final(tmp_path / "augmented"), final(tmp_path / "again"))
     assert not same(final(tmp_path / "augmented"), final(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("method", ["random", "crest"])
+def test_augmentation_is_the_same_with_workers_and_in_a_resumed_run(
+    tmp_path: Path, images_file: str, method: str
+) -> None:
+    options: dict[str, Any] = {"method": method, "model": "cnn", "epochs": 5, "budget": 0.5, "evaluations": 1}
+    run = settings(images_file, augment=True, flip=True, crest=replace(SMALL, pool_size=32), **options)
+    train(run, tmp_path / "whole")
+    for name, workers in (("alone", 0), ("helped", 2)):
+        asked = count(1)
+        part = replace(run, num_workers=workers)
+        with pytest.raises(Interrupted):
+            train(part, tmp_path / name, stop=lambda asked=asked: next(asked) == 4)  # type: ignore[misc]
+        train(part, tmp_path / name, resume=True)
+        assert same(final(tmp_path / "whole"), final(tmp_path / name)), name
 
 
 # Data and clock ----------------------------------------------------------------------------------------------

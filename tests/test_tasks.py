@@ -212,11 +212,11 @@ def test_missing_package(name: str, module: str, monkeypatch: pytest.MonkeyPatch
     [
         ("digit", "Did you mean digits?"),
         ("a/b.npz", "Did you mean npz:a/b.npz?"),
-        ("x", "Known: digits, mnist1d, npz:PATH."),
+        ("x", "Known: digits, mnist1d, cifar10, cifar100, tinyimagenet, snli, npz:PATH, imagefolder:DIR, text:FILE, "),
     ],
 )
 def test_unknown_task(name: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=r"task must be one of digits, mnist1d, npz:PATH, got ") as error:
+    with pytest.raises(ConfigError, match=r"task must be one of digits, .* hf:DATASET, got ") as error:
         load(name)
     assert f"got {name!r}. {hint}" in str(error.value)
 
@@ -298,3 +298,12 @@ def test_npz_damaged_anywhere(tmp_path: Path) -> None:
             file.write_bytes(damaged)
             with contextlib.suppress(DataError):
                 assert torch.equal(load(name).train.inputs, want)  # what was hit doesn't matter
+
+
+def test_seeded_is_the_same_data_with_another_augmentation() -> None:
+    task = load("digits", augment=True, seed=3)
+    other = task.seeded(4)
+    assert other.train.inputs is task.train.inputs
+    assert torch.equal(other.train[0][0], load("digits", augment=True, seed=4).train[0][0])
+    assert not torch.equal(other.train[0][0], task.train[0][0])
+    assert torch.equal(task.train[0][0], load("digits", augment=True, seed=3).train[0][0])

@@ -14,13 +14,15 @@ from torchcrest.baselines import (
 from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
 from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, RankError, TorchcrestError
-from torchcrest.objectives import Classification, Objective, Regression
+from torchcrest.objectives import Classification, Objective, Projecting, Regression, Trimming
 from torchcrest.solvers import coreset, facility_location
+from torchcrest.tokens import CausalLM, TokenClassification
 from torchcrest.types import BatchLoader, Stats, WeightedBatch
 
 __version__ = "0.1.0"
 __all__ = [
     "BatchLoader",
+    "CausalLM",
     "CheckpointError",
     "Classification",
     "ConfigError",
@@ -37,11 +39,14 @@ __all__ = [
     "InfoBatchConfig",
     "NonFiniteLossError",
     "Objective",
+    "Projecting",
     "RandomBatches",
     "RankError",
     "Regression",
     "Stats",
+    "TokenClassification",
     "TorchcrestError",
+    "Trimming",
     "WeightedBatch",
     "coreset",
     "facility_location",

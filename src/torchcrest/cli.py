@@ -8,7 +8,7 @@ import sys
 import textwrap
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
@@ -41,7 +41,11 @@ COMMANDS = {
     "report": "write a comparison's page, or print its table",
     "select": "pick one coreset of raw features",
 }
-TASK = "digits, mnist1d, or npz:PATH with arrays x_train, y_train, x_test, y_test"
+TASK = (
+    "digits, mnist1d, cifar10, cifar100, tinyimagenet, snli; npz:PATH with arrays x_train, y_train, x_test, y_test; "
+    "imagefolder:DIR with train/CLASS and test/CLASS; text:FILE, a JSON object a line; hf:NAME[:CONFIG] of the Hugging "
+    "Face hub, or hf:DIR"
+)
 KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "Path": "a path"}
 
 
@@ -89,6 +93,7 @@ def _train(args: Namespace, console: Console) -> None:
             stop=stop,
             trackers=args.track,
             energy=args.energy,
+            say=_told(console),
         )
     if finished:
         console.print("This run was finished already.")
@@ -112,6 +117,7 @@ def _compare(args: Namespace, console: Console) -> None:
                 equal_time=args.equal_time,
                 trackers=args.track,
                 energy=args.energy,
+                say=_told(console),
             )
         except FailedRuns as error:
             failed, summaries = error, error.summaries
@@ -390,7 +396,8 @@ def _print_sentences(sentences: Sequence[str], console: Console) -> None:
 
 
 def _folder(out: Path | None, task: str, name: str) -> Path:
-    short = Path(task.removeprefix("npz:")).stem
+    path = Path(task.partition(":")[2] or task)
+    short = (path.with_suffix("") if path.suffix == ".gz" else path).stem.replace(":", "-")
     return out if out is not None else Path("runs") / short / name
 
 
@@ -415,6 +422,11 @@ def _again(arguments: Sequence[str]) -> str:
 def _say(line: str) -> None:
     # Not a console of its own: while a bar is live, it is sys.stderr that knows how to write above it.
     sys.stderr.write(line + "\n")
+
+
+def _told(console: Console) -> Callable[[str], None]:
+    """Return what prints a sentence about the data."""
+    return lambda line: console.print(_plain(line), soft_wrap=True, highlight=False)
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 
 from torchcrest import tree
 from torchcrest.account import Account
-from torchcrest.active import ActiveSet, Draws, Place, stream
+from torchcrest.active import ActiveSet, Draws, stream
 from torchcrest.config import CrestConfig, steps_of
 from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import How, Meter, device_of
-from torchcrest.objectives import Objective, as_objective
+from torchcrest.objectives import Objective, Projecting, as_objective, trimmed
 from torchcrest.overhead import Purpose
 from torchcrest.passes import Passes
 from torchcrest.proxies import source_of
 from torchcrest.quadratic import QuadraticModel, relative_error
 from torchcrest.region import Region, read_coresets, states_of
 from torchcrest.solvers import medoids, weigh
+from torchcrest.streaming import StreamFeed, is_stream
 from torchcrest.types import Coreset, Pool, WeightedBatch
 
 __all__ = ["Crest"]
@@ -44,9 +46,15 @@ class Crest(Passes):
             (losses * weights).mean().backward()
             optimizer.step(); optimizer.zero_grad(); scheduler.step()
 
+    Random augmentation needs no care: what the data set and ``collate_fn`` draw from the global random states of
+    Python, NumPy and PyTorch's CPU is seeded for each pool, by ``seed`` and the list of its examples, and the states
+    are put back. So it is the same for any number of workers and in a resumed run, and new in each pass (but for
+    pools of one example). A generator of the data set's own is not seeded; draw from the global ones instead.
+
     Args:
         model: the model in training. It is measured as it is when a batch is asked for.
-        dataset: map-style: ``__len__`` and ``__getitem__``, or ``__getitems__`` as well.
+        dataset: map-style: ``__len__`` and ``__getitem__``, or ``__getitems__`` as well; it may be on disk, only what
+            is drawn is read. Or a stream, any :class:`torch.utils.data.IterableDataset`: see below.
         config: the settings; None: the defaults.
         steps: batches of a pass, ``len(crest)``. A further ``iter()`` carries the same run on, so one pass
             can be the whole training or one epoch of it.
@@ -68,6 +76,19 @@ class Crest(Passes):
         multiprocessing_context: how workers are started.
         process_group: the processes that train the model together; None: all, where ``torch.distributed`` is
             initialised.
+        stream_state: a resumed run goes on from the stream's own ``state_dict``, where it has one and
+            ``load_state_dict``. False: the stream is read from the start again, as it is where it has none.
+        stream_sharded: the stream gives each rank examples of its own already.
+
+    A stream needs no length. A pool is the next ``pool_size`` examples, so shuffle the stream if its order is not
+    random. ``indices`` are running numbers: 0, 1, 2, ... as read. At its end the stream is read over again, after
+    ``set_epoch(pass)`` if it has that. ``exclude`` is off, as no example is known to come again, and
+    ``proxy_source="history"`` is refused. One worker at most reads ahead, and gives what none would unless the stream
+    asks for ``get_worker_info``, as Hugging Face's shuffled ones do: resume those with as many. States hold the data
+    of coresets and check set. A resumed run is the same to the bit if the stream, built anew, gives the same and its
+    state leaves nothing out; that of Hugging Face's shuffle buffer does, so use ``stream_state=False`` there. Of
+    several ranks, rank k of n takes examples k, k + n, k + 2n, ..., unless ``stream_sharded``, as by
+    ``datasets.distributed.split_dataset_by_node``.
 
     Where several processes train together (``torchrun``), nothing has to be switched on. Build it on every rank with
     the same arguments, the model wrapped in DistributedDataParallel or sharded by ``fully_shard``. Each rank gets
@@ -105,18 +126,24 @@ class Crest(Passes):
         worker_init_fn: Callable[[int], None] | None = None,
         multiprocessing_context: Any = None,
         process_group: Any = None,
+        stream_state: bool = True,
+        stream_sharded: bool = False,
     ) -> None:
         config = CrestConfig() if config is None else config
-        examples = examples_in(dataset)
+        examples = None if is_stream(dataset) else examples_in(dataset)
         self._ranks = Ranks(lambda: device_of(model), process_group)
         _refuse(model, config, examples, last_layer, proxy_model, self._ranks.size)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
-        self._ranks.agree(model, {"examples": examples, "steps": steps, "seed": seed, **config.to_dict()})
+        self.config = config
+        self._stream_sharded = stream_sharded
+        self._ranks.agree(model, {"examples": examples, "steps": steps, "seed": seed, **self._settings()})
         if self._ranks.sharded and config.proxy_source == "history":
             want = "be another than 'history' for a sharded model, whose ranks must all forward as many examples"
             raise ConfigError(must("proxy_source", want, config.proxy_source, "Use 'forward'."))
-        self.config = config
         objective = as_objective(objective)
+        if isinstance(objective, Projecting) and config.proxy_source == "history":
+            do = "The objective gives proxy gradients of its own: use 'forward'."
+            raise ConfigError(must("proxy_source", "be another than 'history' with this objective", "history", do))
         how = _how(config, device_of(model))
         self._meter = Meter(
             model,
@@ -127,9 +154,9 @@ class Crest(Passes):
             layers=config.curvature_layers,
             product=config.curvature_product,
         )
-        self._source = source_of(config, self._meter, examples, steps, seed, proxy_model, proxy_optimizer)
+        self._source = source_of(config, self._meter, examples or 0, steps, seed, proxy_model, proxy_optimizer)
         self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
-        self._active = ActiveSet(examples)
+        self._active = ActiveSet(examples or 0)
         reading = Reading(
             num_workers,
             collate_fn,
@@ -139,8 +166,14 @@ class Crest(Passes):
             worker_init_fn,
             multiprocessing_context,
         )
-        draws = Draws(self._active.mask, seed, self._ranks.rank, self._ranks.size)
-        self._feed = Feed(dataset, draws, config.pool_size, reading, seed + self._ranks.rank)
+        rank, ranks = self._ranks.rank, self._ranks.size
+        self._feed: Feed | StreamFeed
+        if examples is None:
+            share = (0, 1) if stream_sharded else (rank, ranks)
+            self._feed = StreamFeed(dataset, config.pool_size, reading, seed + rank, share, stream_state)
+        else:
+            draws = Draws(self._active.mask, seed, rank, ranks)
+            self._feed = Feed(dataset, draws, config.pool_size, reading, seed + rank)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
         self._region: Region | None = None
@@ -180,7 +213,7 @@ class Crest(Passes):
                 self._account.enter_steps(self._step)
             if region and self._step >= region.check_at:
                 fresh = self._check()
-            if self.config.exclude and self._step and self._step % self._learned_steps == 0:
+            if self.config.exclude and self.examples and self._step and self._step % self._learned_steps == 0:
                 self._exclude()
             if self._region is None:
                 self._region = self._begin_region(fresh)
@@ -276,12 +309,9 @@ class Crest(Passes):
             m = self.config.batch_size
             indices, data = self._feed.next()
             weights = torch.ones(m, device=device_of(self._meter.model))
-            data = tree.move(data, weights.device)
-            rows = torch.arange(len(indices))
-            self._spare = [
-                Coreset(indices, rows[start : start + m], weights.clone(), tree.part(data, start, start + m), False)
-                for start in range(0, len(indices) - m + 1, m)
-            ]
+            for start in range(0, len(indices) - m + 1, m):
+                part = tree.move(trimmed(self._meter.objective, tree.part(data, start, start + m)), weights.device)
+                self._spare.append(Coreset(indices, torch.arange(start, start + m), weights.clone(), part, False))
         return self._spare.pop(0)
 
     def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
@@ -307,8 +337,8 @@ class Crest(Passes):
             pool = self._meter.measure(indices, data)
         self._unseen.append((indices, pool.losses))
         self._look()
-        assert pool.outputs is not None
-        self._source.note(self._step, indices, pool.outputs)
+        if pool.outputs is not None:
+            self._source.note(self._step, indices, pool.outputs)
         return pool
 
     def _look(self) -> None:
@@ -319,7 +349,8 @@ class Crest(Passes):
         parts = together.split([len(indices) for indices, _ in self._unseen])
         for (indices, _), losses in zip(self._unseen, parts, strict=True):
             self._refuse_non_finite(indices, losses)
-            self._active.record(indices, losses)
+            if self.examples:
+                self._active.record(indices, losses)
         self._unseen.clear()
 
     def _select(self, pools: list[Pool]) -> list[Coreset]:
@@ -344,7 +375,8 @@ class Crest(Passes):
             bias=pools[0].bias,
         )
         weights = weigh(sizes, config.weight_power)
-        return [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
+        picked = [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
+        return [replace(coreset, data=trimmed(self._meter.objective, coreset.data)) for coreset in picked]
 
     def _model_loss(self, coresets: list[Coreset], region: int) -> None:
         """Feed gradient and curvature, means over the region's coresets, to the quadratic model (step 4)."""
@@ -456,35 +488,35 @@ class Crest(Passes):
         self._ranks.refuse_foreign(state)
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.to_dict()
+        stream = {"stream_sharded": self._stream_sharded} if self.examples is None else {}
+        return {**self.config.to_dict(), **stream}
 
     def _state(self) -> dict[str, Any]:
-        place, region = self._feed.place, self._region
+        region = self._region
         return {
-            "place": [place.number, place.position, list(place.put_off)],
+            "place": self._feed.state_dict(),
             "active": self._active.state_dict(),
             "quadratic": self._quadratic.state_dict(),
             "interval": self._interval,
             "first_curvature": self._first_curvature,
-            "region": region and region.state_dict(self._meter.model),
-            "spare": states_of(self._spare),
+            "region": region and region.state_dict(self._meter.model, self._feed),
+            "spare": states_of(self._spare, self._feed),
             "account": self._account.state_dict(),
             "unseen": [(indices, losses.cpu()) for indices, losses in self._unseen],
             "source": self._source.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        number, position, put_off = state["place"]
         self._active.load_state_dict(state["active"])
-        self._feed.seek(Place(number, position, tuple(put_off)))
+        self._feed.load_state_dict(state["place"])
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
         self._account.load_state_dict(state["account"])
         device = device_of(self._meter.model)
         self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
         self._source.load_state_dict(state["source"])
-        self._spare = read_coresets(state["spare"], self._feed, device)
+        self._spare = read_coresets(state["spare"], self._feed, device, self._meter.objective)
         saved = state["region"]
-        self._region = saved and Region.read(saved, self._feed, self._meter.model)
+        self._region = saved and Region.read(saved, self._feed, self._meter.model, self._meter.objective)
         self._modelled = self._region.parameters if self._region else []
         self._quadratic.load_state_dict(state["quadratic"], self._modelled)
 
@@ -503,7 +535,7 @@ def _how(config: CrestConfig, device: torch.device) -> How:
     return How(config.measure_mode, dtype, config.channels_last, together)
 
 
-def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model: Any, ranks: int) -> None:
+def _refuse(model: Any, config: Any, examples: int | None, last_layer: Any, proxy_model: Any, ranks: int) -> None:
     """Refuse what cannot work, before anything is read."""
     problems = []
     if not isinstance(model, nn.Module):
@@ -513,7 +545,10 @@ def _refuse(model: Any, config: Any, examples: int, last_layer: Any, proxy_model
     if not isinstance(config, CrestConfig):
         do = "Write CrestConfig(batch_size=..., pool_size=...)."
         problems.append(must("config", "be a CrestConfig", type(config).__name__, do))
-    elif config.pool_size * ranks > examples:
+    elif examples is None and config.proxy_source == "history":
+        want = "be another than 'history' for a stream, as no example of it is known to come again"
+        problems.append(must("proxy_source", want, config.proxy_source, "Use 'forward'."))
+    elif examples is not None and config.pool_size * ranks > examples:
         want = f"be at most the {examples} examples of the data set" + (f" over {ranks} ranks" if ranks > 1 else "")
         problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
     if last_layer is not None and not isinstance(last_layer, nn.Linear):

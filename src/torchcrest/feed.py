@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
@@ -15,7 +19,7 @@ from torchcrest import tree
 from torchcrest.active import Draws, Place, stream
 from torchcrest.errors import ConfigError, DataError, must
 
-__all__ = ["Feed", "Reading", "examples_in", "refuse_other_length"]
+__all__ = ["Feed", "Reading", "drawing", "examples_in", "loader_of", "reader_of", "refuse_other_length"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,35 @@ def examples_in(dataset: Any, name: str = "dataset") -> int:
                 name,
                 want,
                 type(dataset).__name__,
-                "Coresets are picked by index: wrap a stream in a list.",
+                "Wrap a stream in a list; Crest reads a torch.utils.data.IterableDataset, too.",
             )
         )
     if len(dataset) == 0:
         raise DataError(must(name, "hold examples", "an empty one", "Check its path and split."))
     return len(dataset)
+
+
+def loader_of(dataset: Any, reading: Reading, seed: int, **what: Any) -> DataLoader[Any]:
+    """Build the loader of a data set; the rest says what it reads.
+
+    Raises:
+        ConfigError: settings that it refuses.
+    """
+    try:
+        return DataLoader(
+            dataset,
+            num_workers=reading.num_workers,
+            pin_memory=reading.pin_memory,
+            prefetch_factor=reading.prefetch_factor,
+            timeout=reading.timeout,
+            worker_init_fn=reading.worker_init_fn,
+            multiprocessing_context=reading.multiprocessing_context,
+            # Its own generator: DataLoader would otherwise draw the workers' seed from the user's.
+            generator=stream(seed, "workers"),
+            **what,
+        )
+    except ValueError as error:
+        raise ConfigError(f"The data loader refuses its settings: {error}") from error
 
 
 def refuse_other_length(data: Any, examples: int) -> None:
@@ -79,17 +106,56 @@ class _InMemory(Dataset[Any]):
         return [tensor[chosen] for tensor in self._tensors]
 
 
+class _Seeded(Dataset[Any]):
+    """Reads many examples at once, and seeds what reading and collating them draws from the global random states.
+
+    The seed is a function of the run's and the list of examples alone: the same list gives the same batch,
+    in whichever process it is read and as often as it is, and the same examples in another order another one.
+    A data set that says ``deterministic = True`` draws nothing, and is spared the tenth of a millisecond.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+
+    def __getitems__(self, rows: list[int]) -> Any:
+        """Return the batch."""
+        together = getattr(self._dataset, "__getitems__", None)
+        draws = getattr(self._dataset, "deterministic", False) is not True
+        with drawing(self._seed, rows) if draws else nullcontext():
+            return self._collate(together(rows) if together else [self._dataset[row] for row in rows])
+
+
+@contextmanager
+def drawing(seed: int, rows: list[int]) -> Iterator[None]:
+    """Seed the global random states of Python, NumPy and PyTorch's CPU; afterwards they are as before."""
+    key = f"{seed}:reading:".encode() + np.asarray(rows, dtype="<i8").tobytes()
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        random.seed(number)
+        np.random.seed(number & 0xFFFFFFFF)  # noqa: NPY002
+        # torch.manual_seed would seed the accelerators too, which nobody restores.
+        torch.default_generator.manual_seed(number)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
 def _whole(batch: Any) -> Any:
     """Collate what is a batch already."""
     return batch
 
 
-def _fast(dataset: Any, reading: Reading) -> tuple[Any, Callable[[Any], Any]]:
-    """Return the data set and its collate function, or faster ones that give the same batches."""
+def reader_of(dataset: Any, reading: Reading, seed: int) -> tuple[Any, Callable[[Any], Any]]:
+    """Return a data set that gives whole batches, the same for the same list of examples, and its collate function."""
     # No subclass: it may do something of its own.
     if type(dataset) is TensorDataset and reading.collate_fn is None:
         return _InMemory(dataset.tensors), _whole
-    return dataset, reading.collate_fn or default_collate
+    return _Seeded(dataset, reading.collate_fn or default_collate, seed), _whole
 
 
 class _Plan:
@@ -122,26 +188,11 @@ class Feed:
 
     def __init__(self, dataset: Dataset[Any], draws: Draws, size: int, reading: Reading, seed: int) -> None:
         self.place = draws.place
-        self._dataset, self._collate = _fast(dataset, reading)
+        self._dataset, self._collate = reader_of(dataset, reading, seed)
         self._plan = _Plan(draws, size)
         self._stale = 0  # pools drawn ahead that are no longer wanted
         self._batches: Iterator[Any] | None = None
-        try:
-            self._loader: DataLoader[Any] = DataLoader(
-                self._dataset,
-                batch_sampler=self._plan,
-                num_workers=reading.num_workers,
-                collate_fn=self._collate,
-                pin_memory=reading.pin_memory,
-                prefetch_factor=reading.prefetch_factor,
-                timeout=reading.timeout,
-                worker_init_fn=reading.worker_init_fn,
-                multiprocessing_context=reading.multiprocessing_context,
-                # Its own generator: DataLoader would otherwise draw the workers' seed from the user's.
-                generator=stream(seed, "workers"),
-            )
-        except ValueError as error:
-            raise ConfigError(f"The data loader refuses its settings: {error}") from error
+        self._loader = loader_of(self._dataset, reading, seed, batch_sampler=self._plan, collate_fn=self._collate)
 
     def next(self) -> tuple[Tensor, Any]:
         """Return the next pool: its indices ``[size]`` and its data, on the CPU.
@@ -162,9 +213,20 @@ class Feed:
 
     def read(self, indices: Tensor) -> Any:
         """Read a pool again, in this process, as the workers would."""
-        rows = indices.tolist()
-        together = getattr(self._dataset, "__getitems__", None)
-        return self._collate(together(rows) if together else [self._dataset[row] for row in rows])
+        return self._dataset.__getitems__(indices.tolist())
+
+    def kept(self, data: Any) -> tuple[Any, ...]:
+        """Return what a state has to hold of data: nothing, they can be read again."""
+        return ()
+
+    def state_dict(self) -> list[Any]:
+        """Return the place, as plain numbers."""
+        return [self.place.number, self.place.position, list(self.place.put_off)]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Go on from the place of a state."""
+        number, position, put_off = state
+        self.seek(Place(number, position, tuple(put_off)))
 
     def redraw(self) -> None:
         """Forget what was drawn ahead: the active set has changed."""

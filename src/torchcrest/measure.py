@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from torchcrest import quadratic, tree
 from torchcrest.config import CurvatureProduct, MeasureMode
 from torchcrest.distributed import reshard, unwrapped, whole_parameters
 from torchcrest.errors import ConfigError, DataError, must
-from torchcrest.objectives import Objective
+from torchcrest.objectives import Objective, Projecting, trimmed
 from torchcrest.types import Coreset, Pool
 
 __all__ = ["How", "Meter", "device_of", "forked", "last_layers", "observing", "pool_of", "synchronize"]
+
+Part = TypeVar("Part")
 
 # Private in torch, but there is no public name for "all batch normalisations".
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -144,6 +146,9 @@ class Meter:
         layers: int | None = None,
         product: CurvatureProduct = "double_backward",
     ) -> None:
+        if whole_layer and isinstance(objective, Projecting):
+            do = "The objective gives proxy gradients of its own."
+            raise ConfigError(must("proxy", "be 'outputs' with this objective", "last_layer", do))
         self.model = unwrapped(model)
         self.objective = objective
         self.how = how
@@ -164,9 +169,27 @@ class Meter:
         Raises:
             DataError: outputs or losses do not have an entry an example.
         """
-        data = tree.move(data, device_of(self.model))
+        # Before the move, so that a device need not be waited for.
+        data = tree.move(trimmed(self.objective, data), device_of(self.model))
+        if isinstance(self.objective, Projecting):
+            losses, gradients = self._proxies(self.objective, data, len(indices))
+            return Pool(indices, data, losses, gradients, labels=_labels(self.objective, data, len(indices)))
         outputs, features, bias = self.forward(data, len(indices))
         return replace(pool_of(self.objective, indices, data, outputs), features=features, bias=bias)
+
+    def _proxies(self, objective: Projecting, data: Any, examples: int) -> tuple[Tensor, Tensor]:
+        """Return losses ``[examples]`` and proxy gradients ``[examples, d]`` as the objective gives them."""
+
+        def call(part: Any, size: int) -> tuple[Tensor, Tensor]:
+            losses, gradients = objective.proxies(self.model, part)
+            got = tuple(losses.shape), tuple(gradients.shape)
+            if got[0] != (size,) or len(got[1]) != 2 or got[1][0] != size:
+                do = "Check the objective's proxies()."
+                raise DataError(must("losses and proxy gradients", f"have shapes ({size},) and ({size}, d)", got, do))
+            return losses.detach(), gradients.detach().float()
+
+        losses, gradients = zip(*self._in_parts(data, examples, call), strict=True)
+        return torch.cat(losses), torch.cat(gradients)
 
     def forward(self, data: Any, examples: int) -> tuple[Tensor, Tensor | None, bool]:
         """Return the outputs ``[examples, ...]`` in float32 or float64, without a graph.
@@ -181,30 +204,54 @@ class Meter:
         Raises:
             DataError: the outputs do not have an entry an example.
         """
-        # The statistics of batch normalisation are those of all that is forwarded together.
-        together = examples if self.how.mode == "batch_statistics" else self.how.together or examples
-        outputs: list[Tensor] = []
         features: list[Tensor] = []
         bias = True
-        with observing(self.model, self.how.mode), torch.no_grad(), self._precision():
-            for start in range(0, examples, together):
-                size = min(together, examples - start)
-                with ExitStack() as hooks:
-                    caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
-                    # A copy, for a model may change its input in place; the pool is still to be trained on.
-                    part = self._prepared(tree.part(data, start, start + size))
-                    outputs.append(self._call(part))
-                if outputs[-1].dim() == 0 or len(outputs[-1]) != size:
-                    want, got = f"have {size} entries, one an example", tuple(outputs[-1].shape)
-                    raise DataError(must("model outputs", want, got, "Check the objective's outputs()."))
-                if self._whole_layer:
-                    found, bias = self._features(caught, outputs[-1])
-                    features.append(found)
-            reshard(self.model)
-        self.forwarded += examples
+
+        def call(part: Any, size: int) -> Tensor:
+            nonlocal bias
+            with ExitStack() as hooks:
+                caught = hooks.enter_context(self._catch_features()) if self._whole_layer else []
+                outputs = self._call(part)
+            if outputs.dim() == 0 or len(outputs) != size:
+                want, got = f"have {size} entries, one an example", tuple(outputs.shape)
+                raise DataError(must("model outputs", want, got, "Check the objective's outputs()."))
+            if self._whole_layer:
+                found, bias = self._features(caught, outputs)
+                features.append(found)
+            return outputs
+
+        outputs = self._in_parts(data, examples, call)
+        shapes = sorted({tuple(part.shape[1:]) for part in outputs})
+        if len(shapes) > 1:
+            want = "have one shape an example, whatever the part of a pool that is forwarded"
+            do = "Give the objective proxies(), or measured_together = pool_size and no trimmed()."
+            raise DataError(must("model outputs", want, shapes, do))
         whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         whole = whole if whole.dtype == torch.float64 else whole.float()
         return whole.detach(), torch.cat(features) if features else None, bias
+
+    def _in_parts(self, data: Any, examples: int, call: Callable[[Any, int], Part]) -> list[Part]:
+        """Call something with each part of a pool that is forwarded together, in the measuring mode, without a graph.
+
+        Args:
+            data: on the model's device; it stays as it is.
+            examples: how many it holds.
+            call: takes a part, and how many examples it holds.
+        """
+        # The statistics of batch normalisation are those of all that is forwarded together.
+        together = examples if self.how.mode == "batch_statistics" else self.how.together or examples
+        results: list[Part] = []
+        with observing(self.model, self.how.mode), torch.no_grad(), self._precision():
+            for start in range(0, examples, together):
+                size = min(together, examples - start)
+                part = tree.part(data, start, start + size)
+                if size < examples:
+                    part = trimmed(self.objective, part)
+                # A copy, for a model may change its input in place; the pool is still to be trained on.
+                results.append(call(self._prepared(part), size))
+            reshard(self.model)
+        self.forwarded += examples
+        return results
 
     def _call(self, data: Any) -> Tensor:
         """Run the model, as the objective has it."""
@@ -256,12 +303,13 @@ class Meter:
         """
         model = getattr(self.model, "_orig_mod", self.model)
         modules = list(model.modules())
+        data = trimmed(self.objective, coreset.data)  # some of a coreset's examples may be shorter than all
 
         def loss() -> Tensor:
             with observing(model, self.how.mode):  # the same random numbers each time
-                outputs = self.objective.outputs(model, tree.clone(coreset.data))
+                outputs = self.objective.outputs(model, tree.clone(data))
                 outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-                losses = self.objective.losses(outputs, coreset.data)
+                losses = self.objective.losses(outputs, data)
             self.differentiated += len(coreset.weights)
             if self._layers is not None and not losses.requires_grad:
                 want = "reach a layer that the loss depends on"
@@ -388,9 +436,14 @@ def pool_of(objective: Objective, indices: Tensor, data: Any, outputs: Tensor) -
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise DataError(must("losses", f"have shape ({r},), one an example", got, 'Use reduction="none".'))
         (gradients,) = torch.autograd.grad(losses.sum(), outputs)
-    labels = objective.labels(data)
-    if labels is not None and tuple(labels.shape) != (r,):
-        do = "Return None from labels() where there is no class an example."
-        raise DataError(must("class labels", f"have shape ({r},)", tuple(labels.shape), do))
     flat = gradients.flatten(1).float()
+    labels = _labels(objective, data, r)
     return Pool(indices, data, losses.detach(), flat, labels=labels, outputs=outputs.detach())
+
+
+def _labels(objective: Objective, data: Any, examples: int) -> Tensor | None:
+    labels = objective.labels(data)
+    if labels is not None and tuple(labels.shape) != (examples,):
+        do = "Return None from labels() where there is no class an example."
+        raise DataError(must("class labels", f"have shape ({examples},)", tuple(labels.shape), do))
+    return labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 
 from torchcrest.errors import ConfigError, DataError, must
 
-__all__ = ["Classification", "LossObjective", "Objective", "Regression", "as_objective"]
+__all__ = [
+    "Classification",
+    "LossObjective",
+    "Objective",
+    "Projecting",
+    "Regression",
+    "Trimming",
+    "as_objective",
+    "trimmed",
+    "without_padding",
+]
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -36,6 +47,79 @@ class Objective(Protocol):
     def labels(self, data: Any) -> Tensor | None:
         """Return the class of each example, ``[n]`` integers, or None where there are no classes."""
         ...
+
+
+@runtime_checkable
+class Trimming(Objective, Protocol):
+    """An objective that cuts padding off: a batch out of a pool is padded no further than its own longest example."""
+
+    def trimmed(self, data: Any) -> Any:
+        """Return the batch without the padding that none of its examples needs. It must not be changed in place."""
+        ...
+
+
+@runtime_checkable
+class Projecting(Objective, Protocol):
+    """An objective that gives proxy gradients of its own, where outputs are too large or differ in shape.
+
+    ``outputs`` and ``losses`` serve for gradient and curvature of a coreset then, and not for pools.
+    """
+
+    def proxies(self, model: nn.Module, data: Any) -> tuple[Tensor, Tensor]:
+        """Run the model. Returns losses ``[n]`` and proxy gradients ``[n, d]``, d the same for every batch."""
+        ...
+
+
+def trimmed(objective: Objective, data: Any) -> Any:
+    """Return the batch as the objective trims it; as it is if the objective doesn't."""
+    return objective.trimmed(data) if isinstance(objective, Trimming) else data
+
+
+def without_padding(data: Any, *, targets: bool) -> Any:
+    """Cut off the tokens at both ends that ``attention_mask`` leaves out for every example.
+
+    All tensors ``[n, tokens, ...]`` of the mask's size are cut, as a collate function would have padded these
+    examples alone. Batches without a mask ``[n, tokens]`` stay as they are.
+
+    Args:
+        data: the batch.
+        targets: whether targets are per token too; else they are left alone, whatever their shape.
+
+    >>> ids, mask = torch.tensor([[5, 6, 0], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    >>> without_padding({"input_ids": ids, "attention_mask": mask}, targets=True)["input_ids"].tolist()
+    [[5, 6], [7, 0]]
+    """
+    mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return data
+    used = [column for column, needed in enumerate(mask.bool().any(0).tolist()) if needed]
+    if not used or used[-1] - used[0] + 1 == mask.shape[1]:
+        return data
+    cut = {
+        name: value[:, used[0] : used[-1] + 1].contiguous()  # models call view()
+        for name, value in data.items()
+        if isinstance(value, Tensor) and value.shape[:2] == mask.shape and (targets or name not in TARGET_KEYS)
+    }
+    if not isinstance(data, MutableMapping):
+        return {**data, **cut}
+    same = copy.copy(data)
+    same.update(cut)
+    return same
+
+
+def refuse_outside(target: Tensor, classes: int, ignore_index: int, do: str) -> None:
+    """Check that class labels are classes, or ignored.
+
+    Raises:
+        DataError: one is not.
+    """
+    # cross_entropy would say this without the numbers, and on a GPU only after killing the context.
+    kept = target[target != ignore_index]
+    if kept.numel():
+        low, high = int(kept.min()), int(kept.max())
+        if low < 0 or high >= classes:
+            want = f"lie in [0, {classes}), the model's {classes} outputs"
+            raise DataError(must("labels", want, low if low < 0 else high, do))
 
 
 def split_target(data: Any) -> tuple[Any, Any]:
@@ -72,14 +156,14 @@ def split_target(data: Any) -> tuple[Any, Any]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
-    """Call the model with a tuple's entries or a mapping's keywords; takes ``.logits`` where there are some."""
+    """Call the model with a tuple's entries or a mapping's keywords; takes ``logits`` where there are some."""
     result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    result = getattr(result, "logits", result)
+    result = result.get("logits", result) if isinstance(result, Mapping) else getattr(result, "logits", result)
     if not isinstance(result, Tensor):
         raise DataError(
             must(
                 "model",
-                "return a tensor or something with .logits",
+                "return a tensor or something with logits",
                 type(result).__name__,
                 "Or pass an objective of your own.",
             )
@@ -136,6 +220,15 @@ class Classification:
             return target.long()
         return target.argmax(1) if target.dim() == 2 and target.is_floating_point() else None
 
+    def trimmed(self, data: Any) -> Any:
+        """Cut off padding by ``attention_mask``, unless predictions are dense: their outputs would differ in shape."""
+        mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+        if mask is None:
+            return data
+        target = split_target(data)[1]
+        one_each = isinstance(target, Tensor) and target.dim() <= (2 if target.is_floating_point() else 1)
+        return without_padding(data, targets=False) if one_each else data
+
     def _validate(self, outputs: Tensor, target: Any) -> None:
         if not isinstance(target, Tensor):
             raise DataError(must("labels", "be a tensor", type(target).__name__, "Let the collate function make one."))
@@ -162,14 +255,8 @@ class Classification:
         want = (outputs.shape[0], *outputs.shape[2:])
         if tuple(target.shape) != want:
             raise DataError(must("labels", f"have shape {want}", tuple(target.shape), "One class an example."))
-        # cross_entropy would say this without the numbers, and on a GPU only after killing the context.
-        classes, kept = outputs.shape[1], target[target != self.ignore_index]
-        if kept.numel():
-            low, high = int(kept.min()), int(kept.max())
-            if low < 0 or high >= classes:
-                got = low if low < 0 else high
-                do = "Widen the model's output, mend the labels, or set Classification(ignore_index=...)."
-                raise DataError(must("labels", f"lie in [0, {classes}), the model's {classes} outputs", got, do))
+        do = "Widen the model's output, mend the labels, or set Classification(ignore_index=...)."
+        refuse_outside(target, outputs.shape[1], self.ignore_index, do)
 
 
 @dataclass(frozen=True)
@@ -203,6 +290,14 @@ class Regression:
     def labels(self, data: Any) -> Tensor | None:
         """Return None: there are no classes."""
         return None
+
+    def trimmed(self, data: Any) -> Any:
+        """Cut off padding by ``attention_mask``, unless targets are per token."""
+        mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+        if mask is None:
+            return data
+        dense = getattr(split_target(data)[1], "shape", ())[:2] == mask.shape
+        return data if dense else without_padding(data, targets=False)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
+from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, must
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of, synchronize
+from torchcrest.streaming import StreamFeed
 from torchcrest.types import Stats, WeightedBatch, no_indices
 
 __all__ = ["FORMAT", "Passes", "Phase"]
@@ -30,17 +31,17 @@ class Passes(ABC):
     It has a length and is no DataLoader, so trainers neither read ahead of it nor replace its sampler.
 
     Attributes:
-        examples: in the data set.
+        examples: in the data set; None for a stream.
         history: what happened, an entry an event, oldest first.
         stats: what selection has cost so far.
-        indices: data-set positions of the batch handed out last, on the CPU.
+        indices: data-set positions of the batch handed out last (of a stream, running numbers), on the CPU.
         on_phase: called when another phase of the work begins, with its name; None: nobody listens.
     """
 
     method: str
-    _feed: Feed
+    _feed: Feed | StreamFeed
 
-    def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int) -> None:
+    def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int | None) -> None:
         problems = []
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             problems.append(
@@ -57,7 +58,7 @@ class Passes(ABC):
             raise ConfigError(problems)
         self.examples = examples
         self.history: list[dict[str, Any]] = []
-        self.stats = Stats(active=examples)
+        self.stats = Stats(active=examples or 0)
         self.indices: Tensor = no_indices()
         self.on_phase: Callable[[Phase], None] | None = None
         self._model = model
@@ -124,6 +125,8 @@ class Passes(ABC):
             self.history = [dict(event) for event in state["history"]]
             self.stats = Stats(**state["stats"])
             self._step, self._position = int(state["step"]), int(state["position"])
+        except (CheckpointError, DataError):
+            raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"The {self.method} state is damaged ({type(error).__name__}: {error}). Use an older one."
@@ -209,7 +212,8 @@ class Passes(ABC):
                 f"{name} of the checkpoint",
                 f"be {own[name]!r}, as of this loader",
                 state.get(name),
-                "Resume with what it was made with.",
+                "Resume with what it was made with."
+                + (" None stands for a stream." if None in (own[name], state.get(name)) else ""),
             )
             for name in ("method", "examples", "steps", "seed")
             if state.get(name) != own[name]

@@ -14,6 +14,8 @@ from torchcrest.active import stream
 from torchcrest.distributed import reshard
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of
+from torchcrest.objectives import Objective, trimmed
+from torchcrest.streaming import StreamFeed
 from torchcrest.types import Coreset
 
 __all__ = ["Region", "read_coresets", "states_of"]
@@ -54,8 +56,8 @@ class Region:
         order = torch.randperm(len(self.coresets), generator=stream(seed, "order", self.picked_at, turn))
         return self.coresets[int(order[place])]
 
-    def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """Return what is needed to read the region again: indices, rows and weights, not the data."""
+    def state_dict(self, model: nn.Module, feed: Feed | StreamFeed) -> dict[str, Any]:
+        """Return what is needed to read the region again: indices, rows and weights; the data only of a stream."""
         names = {parameter: name for name, parameter in reshard(model).named_parameters()}
         return {
             "number": self.number,
@@ -64,13 +66,14 @@ class Region:
             "check_at": self.check_at,
             "picked_at": self.picked_at,
             "renew_at": self.renew_at,
-            "coresets": states_of(self.coresets),
+            "coresets": states_of(self.coresets, feed),
             "parameters": [names[parameter] for parameter in self.parameters],
             "check_indices": self.check_indices,
+            "check_kept": () if self.check_indices is None else feed.kept(self.check_data),
         }
 
     @classmethod
-    def read(cls, state: Mapping[str, Any], feed: Feed, model: nn.Module) -> Region:
+    def read(cls, state: Mapping[str, Any], feed: Feed | StreamFeed, model: nn.Module, objective: Objective) -> Region:
         """Read a region's data again. Whole pools: a collate function may pad to the longest of its batch."""
         device, named = device_of(model), dict(reshard(model).named_parameters())
         check = state["check_indices"]
@@ -81,26 +84,29 @@ class Region:
             check_at=state["check_at"],
             picked_at=state["picked_at"],
             renew_at=state["renew_at"],
-            coresets=read_coresets(state["coresets"], feed, device),
+            coresets=read_coresets(state["coresets"], feed, device, objective),
             parameters=[named[name] for name in state["parameters"]],
             check_indices=check,
-            check_data=None if check is None else tree.move(feed.read(check), device),
+            check_data=None if check is None else tree.move(feed.read(check, *state["check_kept"]), device),
         )
 
 
-def states_of(coresets: list[Coreset]) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Return what is needed to read coresets again."""
-    return [(c.pool_indices, c.rows, c.weights, c.picked) for c in coresets]
+def states_of(coresets: list[Coreset], feed: Feed | StreamFeed) -> list[tuple[Any, ...]]:
+    """Return what is needed to read coresets again; their data where they cannot be."""
+    return [(c.pool_indices, c.rows, c.weights, c.picked, *feed.kept(c.data)) for c in coresets]
 
 
-def read_coresets(states: list[tuple[Tensor, Tensor, Tensor, bool]], feed: Feed, device: torch.device) -> list[Coreset]:
+def read_coresets(
+    states: list[tuple[Any, ...]], feed: Feed | StreamFeed, device: torch.device, objective: Objective
+) -> list[Coreset]:
     """Read coresets again, each pool once."""
     read: dict[tuple[int, ...], Any] = {}
     coresets = []
-    for indices, rows, weights, picked in states:
+    for indices, rows, weights, picked, *kept in states:
         key = tuple(indices.tolist())
-        if key not in read:
+        if not kept and key not in read:
             read = {key: feed.read(indices)}  # random batches of one pool stand side by side
-        data = tree.move(tree.take(read[key], rows), device)
-        coresets.append(Coreset(indices.cpu(), rows.cpu(), weights.to(device), data, picked))
+        # What was kept was trimmed before.
+        data = feed.read(indices, *kept) if kept else trimmed(objective, tree.take(read[key], rows))
+        coresets.append(Coreset(indices.cpu(), rows.cpu(), weights.to(device), tree.move(data, device), picked))
     return coresets

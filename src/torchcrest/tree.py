@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply", "clone", "leaves", "move", "part", "take"]
+__all__ = ["apply", "clone", "filled", "flat", "leaves", "move", "part", "take"]
 
 
 def _map(data: Any, function: Callable[[Any], Any]) -> Any:
@@ -46,6 +46,32 @@ def leaves(data: Any) -> Iterator[Any]:
             yield from leaves(value)
     else:
         yield data
+
+
+def flat(data: Any) -> list[Any]:
+    """Return what is inside the nesting, in order; a list that holds no tensor (a column of strings, say) is one.
+
+    >>> flat({"x": torch.tensor(1), "name": ["a", "b"]})
+    [tensor(1), ['a', 'b']]
+    """
+    found = []
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    _map(data, note)
+    return found
+
+
+def filled(like: Any, leaves: Sequence[Any]) -> Any:
+    """Return a batch that is nested as another is, of what :func:`flat` has given.
+
+    >>> filled({"x": torch.tensor(0), "name": ["c"]}, [torch.tensor(1), ["a", "b"]])
+    {'x': tensor(1), 'name': ['a', 'b']}
+    """
+    rest = list(leaves)
+    return _map(like, lambda _: rest.pop(0))
 
 
 def take(data: Any, rows: Tensor) -> Any:

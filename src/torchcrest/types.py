@@ -40,7 +40,7 @@ class Pool:
         features: ``[r, k]`` inputs of the last layer where the whole layer's gradient is asked for.
         bias: the last layer has a bias (only read where there are features).
         labels: ``[r]`` class labels, or None where there are none.
-        outputs: ``[r, ...]`` what the model returned, without a graph.
+        outputs: ``[r, ...]`` what the model returned, without a graph; None where the objective gives the proxies.
     """
 
     indices: Tensor
@@ -111,7 +111,7 @@ class Stats:
         overhead: cost of selection, checks and curvature for each unit of training's, as it was budgeted.
         regions: quadratic models fitted.
         checks: checks of a quadratic model against the loss.
-        active: examples that are drawn from at present; the others are set aside, or not picked.
+        active: examples that are drawn from at present; the others are set aside, or not picked. 0 for a stream.
     """
 
     seconds_selecting: float = 0.0

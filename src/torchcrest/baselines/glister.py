@@ -14,7 +14,7 @@ from torchcrest.baselines.subset import Proxy, SubsetConfig, SubsetLoader
 from torchcrest.checks import Checks
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import examples_in
-from torchcrest.objectives import Objective
+from torchcrest.objectives import Objective, Projecting
 from torchcrest.solvers import shares
 from torchcrest.types import Pool, no_indices
 
@@ -96,6 +96,9 @@ class Glister(SubsetLoader[GlisterConfig]):
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
         )
+        if isinstance(self._objective, Projecting):
+            want = "give outputs for the step that Glister looks ahead, not proxy gradients of its own"
+            raise ConfigError(must("objective", want, type(self._objective).__name__, "Use Crest or Craig."))
 
     def _candidates_among(self, examples: int) -> Tensor:
         """Hold out at random what is to judge, where no validation data were given."""

@@ -88,6 +88,7 @@ class InfoBatch(Passes):
     """
 
     method = "infobatch"
+    _feed: Feed
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class InfoBatch(Passes):
         if self._anneal_from is None or self._step < self._anneal_from:
             well = (self._losses < self._losses.nanmean()).nonzero()[:, 0]
             order = well[torch.randperm(len(well), generator=stream(self._seed, "prune", self._epoch))]
-            dropped = min(round(self.config.prune * len(well)), self.examples - self.config.batch_size)
+            dropped = min(round(self.config.prune * len(well)), len(self._kept) - self.config.batch_size)
             self._weights[well] = 1 / (1 - self.config.prune)
             self._kept[order[:dropped]] = False
         self._left = self.stats.active = int(self._kept.sum())
@@ -187,9 +188,8 @@ class InfoBatch(Passes):
 
     def _state(self) -> dict[str, Any]:
         self._gather()
-        place = self._feed.place
         return {
-            "place": [place.number, place.position, list(place.put_off)],
+            "place": self._feed.state_dict(),
             "losses": self._losses.clone(),
             "weights": self._weights.clone(),
             "kept": self._kept.clone(),
@@ -203,5 +203,4 @@ class InfoBatch(Passes):
         for name in ("losses", "weights", "kept"):
             getattr(self, f"_{name}").copy_(state[name])
         self._epoch, self._left, self._heard = int(state["epoch"]), int(state["left"]), bool(state["heard"])
-        number, position, put_off = state["place"]
-        self._feed.seek(Place(number, position, tuple(put_off)))
+        self._feed.load_state_dict(state["place"])

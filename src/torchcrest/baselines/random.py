@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcrest import tree
-from torchcrest.active import Draws, Place
+from torchcrest.active import Draws
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import device_of
@@ -83,9 +83,7 @@ class RandomBatches(Passes):
         return {"batch_size": self._batch_size}
 
     def _state(self) -> dict[str, Any]:
-        place = self._feed.place
-        return {"place": [place.number, place.position, list(place.put_off)]}
+        return {"place": self._feed.state_dict()}
 
     def _load(self, state: dict[str, Any]) -> None:
-        number, position, put_off = state["place"]
-        self._feed.seek(Place(number, position, tuple(put_off)))
+        self._feed.load_state_dict(state["place"])

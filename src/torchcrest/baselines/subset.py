@@ -9,14 +9,14 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from torchcrest import tree
-from torchcrest.active import Draws, Place, stream
+from torchcrest.active import Draws, stream
 from torchcrest.checks import Checks
 from torchcrest.config import steps_of
 from torchcrest.errors import ConfigError, must
-from torchcrest.feed import Feed, Reading, examples_in, refuse_other_length
+from torchcrest.feed import Feed, Reading, examples_in, reader_of, refuse_other_length
 from torchcrest.measure import How, Meter, device_of
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.passes import Passes
@@ -174,16 +174,18 @@ class SubsetLoader(Passes, Generic[Config]):
     def _read(self, indices: Tensor, dataset: Any) -> Iterator[tuple[Tensor, Any]]:
         """Read examples in their order, many at a time."""
         reading, together = self._reading, self.config.measured_together or self.config.batch_size
+        parts = torch.split(indices, together)
+        seeded, collate = reader_of(dataset, reading, self._seed)
         loader: DataLoader[Any] = DataLoader(
-            Subset(dataset, indices.tolist()),
-            batch_size=together,
+            seeded,
+            batch_sampler=[part.tolist() for part in parts],
             num_workers=reading.num_workers,
-            collate_fn=reading.collate_fn,
+            collate_fn=collate,
             pin_memory=reading.pin_memory,
             prefetch_factor=reading.prefetch_factor,
             generator=stream(self._seed, "workers"),
         )
-        for rows, data in zip(torch.split(indices, together), loader, strict=True):
+        for rows, data in zip(parts, loader, strict=True):
             refuse_other_length(data, len(rows))
             yield rows, data
 
@@ -191,12 +193,10 @@ class SubsetLoader(Passes, Generic[Config]):
         return self.config.to_dict()
 
     def _state(self) -> dict[str, Any]:
-        place = self._feed.place
-        return {"place": [place.number, place.position, list(place.put_off)], "weights": self._weights.clone()}
+        return {"place": self._feed.state_dict(), "weights": self._weights.clone()}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._weights.copy_(state["weights"])
         self._chosen.copy_(self._weights > 0)
-        number, position, put_off = state["place"]
-        self._feed.seek(Place(number, position, tuple(put_off)))
+        self._feed.load_state_dict(state["place"])
         self._meter.forwarded = state["stats"]["examples_forwarded"]

@@ -57,7 +57,7 @@ class CrestCallback(Callback):
 
     The loggers get each entry of the loader's ``history`` at once, as ``crest/check/rho`` or
     ``crest/region/interval``, and its ``stats`` every ``log_every_n_steps``, as ``crest/overhead``, with
-    ``crest/active_share``.
+    ``crest/active_share`` (of streams without that).
 
     Args:
         prefix: of the names in the loggers.
@@ -113,7 +113,9 @@ class CrestCallback(Callback):
         if (step + 1) % every == 0 and step != self._logged:
             self._logged = step
             stats = self._loader.stats
-            values |= asdict(stats) | {"active_share": stats.active / self._loader.examples}
+            values |= asdict(stats)
+            if self._loader.examples:  # a stream's are not counted, and none is set aside
+                values["active_share"] = stats.active / self._loader.examples
         if values:
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self._prefix}/{name}": value for name, value in values.items()}, step)

@@ -25,6 +25,7 @@ from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import find_method
 from torchcrest.train.run import Interrupted, Status, prepare, train
 from torchcrest.train.settings import RunSettings
+from torchcrest.train.tasks import Task
 from torchcrest.train.track import refuse_missing
 from torchcrest.train.verdict import ROUNDS, budgets_wanted, label
 
@@ -146,6 +147,7 @@ def compare(
     equal_time: bool = True,
     trackers: Sequence[str] = (),
     energy: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Run what is missing of a comparison and return all its summaries, in the order of the runs.
 
@@ -161,6 +163,7 @@ def compare(
             method meets it at equal time; their summaries come last.
         trackers: as in :func:`torchcrest.train.run.train`, like the next.
         energy: measure it as well.
+        say: as in :func:`torchcrest.train.run.train`.
 
     Raises:
         ConfigError: a run cannot work; found before any is begun, like the next.
@@ -171,8 +174,10 @@ def compare(
     if processes < 1:
         raise ConfigError(must("processes", "be at least 1", processes, "1 makes one run after the other."))
     refuse_missing(trackers, energy)
-    job = _Job(folder, processes, tuple(trackers), energy)
     task = prepare(runs[0])[0]  # the same for all runs, but for the seed of augmentation
+    for note in task.notes:
+        say(note)
+    job = _Job(folder, processes, tuple(trackers), energy, task if processes == 1 else None)
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, TorchcrestError] = {}
 
@@ -209,6 +214,7 @@ class _Job:
     processes: int
     trackers: tuple[str, ...]
     energy: bool
+    task: Task | None  # where the runs are made in this process
 
     def train(self, run: RunSettings, watch: Callable[[Status], None] | None, stop: Callable[[], bool]) -> None:
         train(
@@ -220,6 +226,7 @@ class _Job:
             processes=self.processes,
             trackers=self.trackers,
             energy=self.energy,
+            task=self.task,
         )
 
 

@@ -25,6 +25,7 @@ from torchcrest.crest import Crest
 from torchcrest.errors import ConfigError, must
 from torchcrest.passes import Passes
 from torchcrest.train.tasks import Examples
+from torchcrest.train.texts import Texts
 
 __all__ = ["CONFIGS", "METHODS", "Config", "Method", "find_method"]
 
@@ -61,7 +62,7 @@ class Method:
     def build(
         self,
         model: nn.Module,
-        data: Examples,
+        data: Examples | Texts,
         config: Config | int,
         steps: int,
         seed: int,
@@ -71,7 +72,7 @@ class Method:
         """Make the loader; a method without settings of its own takes its batch size for them."""
         more: dict[str, Any] = {} if proxy is None else {"proxy_model": proxy}
         return self.loader(
-            model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=Examples.collate, **more
+            model, data, config, steps=steps, seed=seed, num_workers=workers, collate_fn=data.collate, **more
         )
 
 

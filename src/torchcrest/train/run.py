@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchcrest
+from torchcrest import tree
+from torchcrest.active import stream
 from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
-from torchcrest.measure import synchronize
+from torchcrest.measure import forked, synchronize
+from torchcrest.objectives import Classification
 from torchcrest.passes import Passes
 from torchcrest.train.energy import EnergyMeter
 from torchcrest.train.files import RunFiles, blocked
 from torchcrest.train.memory import PeakMemory
 from torchcrest.train.methods import find_method
-from torchcrest.train.models import build
 from torchcrest.train.schedule import learning_rate
 from torchcrest.train.settings import RunSettings
-from torchcrest.train.tasks import Examples, Task, load
+from torchcrest.train.tasks import Task, load
 from torchcrest.train.track import Tracking, refuse_missing
 from torchcrest.types import Stats
 
@@ -38,7 +40,7 @@ __all__ = ["Interrupted", "Status", "prepare", "train"]
 LOOK_EVERY = 16  # steps between looks at the training losses, which wait for the device
 TELL_EVERY = 0.2  # seconds between calls of the watcher
 SAVE_EVERY = 300.0  # seconds between checkpoints, where evaluations are further apart
-EVALUATED_TOGETHER = 1000  # test examples
+OBJECTIVE = Classification()  # what the loaders take by default
 
 
 class Interrupted(Exception):
@@ -85,16 +87,27 @@ def prepare(settings: RunSettings, task: Task | None = None) -> tuple[Task, RunS
 
     Args:
         settings: of the run.
-        task: the same task, loaded before.
+        task: the same task and model, prepared before, if for another seed.
 
     Raises:
         ConfigError: settings that cannot work.
         DataError: data that cannot be used.
     """
-    task = task or load(settings.task, augment=settings.augment, flip=settings.flip, seed=settings.seed)
+    if task is not None:
+        return task.seeded(settings.seed), settings.resolved(task)
+    s = settings
+    task = load(
+        s.task,
+        data=s.data,
+        augment=s.augment,
+        flip=s.flip,
+        seed=s.seed,
+        model=s.model,
+        max_length=s.max_length,
+    )
     settings = settings.resolved(task)
     assert settings.model is not None
-    build(settings.model, task.shape, task.classes, settings.seed)
+    task.build(settings.model, settings.seed)
     return task, settings
 
 
@@ -108,8 +121,13 @@ def train(
     processes: int = 1,
     trackers: Sequence[str] = (),
     energy: bool = False,
+    task: Task | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train once and fill a run directory.
+
+    What is random in the training step, dropout for one, is drawn from the global random states of PyTorch, which
+    are seeded for the run and put back at its end.
 
     Args:
         settings: what to train, and how.
@@ -120,6 +138,8 @@ def train(
         processes: runs going on at once on this machine; only written down, for whoever compares seconds.
         trackers: some of tensorboard, trackio and wandb, which are shown what is written into metrics.jsonl.
         energy: measure the energy as well; a run that is resumed must have measured it from its beginning.
+        task: the same task and model, prepared before; it tells nothing anew.
+        say: called with what is to be told about the data, a sentence each time.
 
     Returns:
         The summary.
@@ -141,7 +161,9 @@ def train(
         do = "Add --resume to go on with it, or choose another --out."
         raise ConfigError(must("out", "be a folder without a run", str(folder), do))
     refuse_missing(trackers, energy)
-    task, settings = prepare(settings)
+    told, (task, settings) = task, prepare(settings, task)
+    for note in task.notes if told is None else ():
+        say(note)
     if files.config.exists():
         settings.refuse_other(files.read_config(), files.config)
     if files.finished():
@@ -170,7 +192,7 @@ class _Run:
         self.steps = method.steps(self.full_steps, settings.budget)
         self.schedule_steps = self.steps if method.compressed else self.full_steps
         self.device = torch.device(settings.device)
-        self.model = build(settings.model, task.shape, task.classes, settings.seed).to(self.device)
+        self.model = task.build(settings.model, settings.seed).to(self.device)
         self.optimizer = _optimizer(self.model, settings)
         self.loader: Passes = method.build(
             self.model,
@@ -202,12 +224,17 @@ class _Run:
 
     def _proxy(self) -> nn.Module | None:
         """Build the small model that CREST measures, if one is named."""
-        task, s = self.task, self.settings
+        s = self.settings
         if s.proxy_model is None or s.method != "crest" or s.crest.proxy_source != "model":
             return None
-        return build(s.proxy_model, task.shape, task.classes, s.seed).to(self.device)
+        return self.task.build(s.proxy_model, s.seed).to(self.device)
 
     def go(self) -> dict[str, Any]:
+        """Train, with random states of the run's own."""
+        with forked(self.device, stream(self.settings.seed, "training").initial_seed()):
+            return self._go()
+
+    def _go(self) -> dict[str, Any]:
         """Train, between the beginning and the end of what measures and tracks."""
         self.files.sweep()
         if self.files.checkpoint.exists():
@@ -234,12 +261,11 @@ class _Run:
         self.model.train()
         started = self._start_clock()
         for batch in self.loader:
-            (x, y), weights = batch
             self._set_rate()
-            outputs = self.model(x)
-            losses = F.cross_entropy(outputs, y, reduction="none")
+            outputs = OBJECTIVE.outputs(self.model, batch.data)
+            losses = _losses(outputs, batch.data)
             self.loader.observe(losses, outputs)
-            (losses * weights).mean().backward()
+            (losses * batch.weights).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -306,12 +332,13 @@ class _Run:
         """Measure test accuracy and loss, write a metrics line and a checkpoint."""
         self.model.eval()
         right, losses = 0, []
-        test: Examples = self.task.test
-        for start in range(0, len(test), EVALUATED_TOGETHER):
-            x, y = test.__getitems__(list(range(start, min(start + EVALUATED_TOGETHER, len(test)))))
-            outputs, y = self.model(x.to(self.device)).float(), y.to(self.device)
-            right += int((outputs.argmax(1) == y).sum())
-            losses.append(F.cross_entropy(outputs, y, reduction="none").double().cpu())
+        test = self.task.test
+        for start in range(0, len(test), test.evaluated_together):
+            rows = list(range(start, min(start + test.evaluated_together, len(test))))
+            data = tree.move(test.__getitems__(rows), self.device)
+            outputs = OBJECTIVE.outputs(self.model, data).float()
+            right += int((outputs.argmax(1) == _labels(data)).sum())
+            losses.append(_losses(outputs, data).double().cpu())
         self.model.train()
         loss = torch.cat(losses)
         if not loss.isfinite().all():  # the training loss need not show what the very last step did
@@ -356,6 +383,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
+                "random": _random_states(self.device),
             }
         )
         self.tracking.log(lines)
@@ -373,6 +401,7 @@ class _Run:
             self.identity = str(state["identity"])
             self.memory = PeakMemory(self.device, before=state["peak_memory"] or 0)
             before = state["energy_kwh"]
+            _set_random_states(self.device, state["random"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             do = "Move it away, or use another --out."
             reason = str(error).splitlines()[0]
@@ -444,6 +473,30 @@ class _Run:
             "peak_memory_of": self.memory.of,
             **({"energy_kwh": energy} if energy else {}),
         }
+
+
+def _losses(outputs: Tensor, data: Any) -> Tensor:
+    """Return the objective's losses ``[n]``, without its look at the labels, which waits for the device."""
+    return F.cross_entropy(outputs, _labels(data), reduction="none")
+
+
+def _labels(data: Any) -> Tensor:
+    labels = OBJECTIVE.labels(data)
+    assert labels is not None
+    return labels
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return PyTorch's global random states, that of the CPU and that of the device."""
+    of = [device] if device.type != "mps" else []
+    module = torch.get_device_module(device)
+    return [torch.get_rng_state(), *([module.get_rng_state(*of)] if device.type != "cpu" else [])]
+
+
+def _set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], *([device] if device.type != "mps" else []))
 
 
 def _overhead(stats: Stats, seconds: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,22 +29,25 @@ class RunSettings:
     """Settings of a run; what is None is the task's default.
 
     Attributes:
-        task: digits, mnist1d or npz:PATH.
+        task: digits, mnist1d, cifar10, cifar100, tinyimagenet, snli, npz:PATH, imagefolder:DIR, text:FILE, hf:DATASET.
         method: full, truncated, random, crest, craig, gradmatch, glister or infobatch.
         budget: share of the full run's optimizer steps, in (0, 1]; full ignores it.
         epochs: length of the full run, in passes over the training data.
         seed: of the model's weights, the order of the data, selection and augmentation.
-        model: resnet20, resnet18, resnet50, cnn, conv1d or mlp.
-        proxy_model: the small model that crest.proxy_source=model measures, a name as for model.
+        data: folder with the files of cifar10, cifar100, tinyimagenet or snli; else the Hugging Face hub has them.
+        model: resnet20, resnet18, resnet50, cnn, conv1d or mlp; for texts bag (means of word vectors), or a pretrained
+            one: its name on the Hugging Face hub, or a folder.
+        proxy_model: the small model that crest.proxy_source=model measures, a name as for model; for texts, bag.
         batch_size: examples in a batch, for every method.
         learning_rate: the highest of the schedule.
         schedule: step (x 0.1 at 60 and 85 %), cosine or constant; all after the warm-up.
         warmup: share of the steps over which the rate rises.
-        optimizer: sgd, with momentum, or adamw.
+        optimizer: sgd, with momentum, or adamw; by default sgd, for texts adamw.
         momentum: of sgd.
         weight_decay: of either optimizer.
-        augment: shift training images at random.
-        flip: mirror them at random as well.
+        augment: shift training images at random; the default of cifar10, cifar100 and tinyimagenet.
+        flip: mirror them at random as well; likewise.
+        max_length: tokens of a text that are kept, by default 128.
         evaluations: how many times to measure test accuracy, evenly over the run, outside the clock.
         num_workers: processes that read data.
         device: auto, cpu, cuda, cuda:1, mps, ...
@@ -60,17 +63,19 @@ class RunSettings:
     budget: float = 0.1
     epochs: float | None = None
     seed: int = 0
+    data: str | None = None
     model: str | None = None
     proxy_model: str | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     schedule: Kind = "step"
     warmup: float = 0.1
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer | None = None
     momentum: float = 0.9
     weight_decay: float | None = None
-    augment: bool = False
-    flip: bool = False
+    augment: bool | None = None
+    flip: bool | None = None
+    max_length: int | None = None
     evaluations: int = 10
     num_workers: int = 0
     device: str = "auto"
@@ -93,7 +98,7 @@ class RunSettings:
         for name, least in (("seed", 0), ("evaluations", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 problems.append(must(name, f"be at least {least}", getattr(self, name), f"Use for example {least}."))
-        for name in ("epochs", "batch_size", "learning_rate"):
+        for name in ("epochs", "batch_size", "learning_rate", "max_length"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 problems.append(must(name, "be above 0", value, "Leave it out for the task's default."))
@@ -103,10 +108,9 @@ class RunSettings:
             problems.append(must("weight_decay", "be at least 0", self.weight_decay, "0 switches it off."))
         if not 0 <= self.warmup <= 0.5:
             problems.append(must("warmup", "be a share in [0, 0.5]", self.warmup, "0.1 is usual."))
-        hints = get_type_hints(RunSettings)
-        for name in ("schedule", "optimizer"):
-            value, known = getattr(self, name), get_args(hints[name])
-            if value not in known:
+        for name, kind in (("schedule", Kind), ("optimizer", Optimizer)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known and (name, value) != ("optimizer", None):
                 problems.append(must(name, f"be one of {', '.join(known)}", value, suggest(value, known)))
         wanted = self.method == "crest" and self.crest.proxy_source == "model"
         if wanted and self.proxy_model is None:
@@ -155,7 +159,11 @@ class RunSettings:
             model=self.model or task.model,
             batch_size=batch_size,
             learning_rate=self.learning_rate or task.learning_rate,
+            optimizer=self.optimizer or task.optimizer,
             weight_decay=task.weight_decay if self.weight_decay is None else self.weight_decay,
+            augment=task.augment,
+            flip=task.flip,
+            max_length=task.max_length,
             device=str(_device(self.device)),
             **changed,
         )
@@ -163,11 +171,14 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, in the order of the fields; they go into config.yaml."""
         plain = asdict(self)
-        if self.proxy_model is None or self.method != "crest":
-            del plain["proxy_model"]
+        if self.method != "crest":
+            plain["proxy_model"] = None
+        for name in ("proxy_model", "data", "max_length"):
+            if plain[name] is None:
+                del plain[name]  # says nothing about this run, like what follows
         for name in CONFIGS:
             if name != self.method:
-                del plain[name]  # says nothing about this run
+                del plain[name]
         if self.own:
             for name in SHARED & plain[self.method].keys():
                 del plain[self.method][name]  # the run's own say it

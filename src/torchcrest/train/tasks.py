@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import random
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from torchcrest.checks import suggest
 from torchcrest.errors import ConfigError, DataError, must
+from torchcrest.train.images import Arrays, arrays_of, cifar
+from torchcrest.train.models import build
+from torchcrest.train.sources import Split, Splits, beside, choose, from_files, from_folders, from_hub
+from torchcrest.train.sources import require as _require
+from torchcrest.train.texts import BAG, Texts, build_text, texts_of
 
 __all__ = ["Examples", "Task", "load"]
 
 PAD = 4  # pixels that the random crop shifts an image by at most, each way
 MNIST1D_SIZE = 25_000  # training and test examples together, split 4 : 1
 
+MAX_LENGTH = 128  # tokens of a text, by default
+
 Pair = tuple[Tensor, Tensor]
-Arrays = dict[str, NDArray[Any]]  # by these names, as in an npz file:
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -63,6 +71,9 @@ class Examples(Dataset[Pair]):
     >>> ones[1]
     (tensor([1., 1.]), tensor(1))
     """
+
+    deterministic = True  # draws nothing from the global random states
+    evaluated_together = 1000
 
     def __init__(
         self,
@@ -134,15 +145,16 @@ class Examples(Dataset[Pair]):
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with the settings of its full training run: SGD on one peak rate, in passes over `train`.
+    """A data set with the settings of its full training run, in passes over `train`.
 
-    Test examples are normalised by the training examples' mean and std and never augmented. `shape` is one
-    example's, labels are 0 to `classes` - 1, and `model` is a name in `torchcrest.train.models.MODELS`.
+    `train` and `test` are `Examples` or `Texts`. Test images are normalised by the training images' mean and
+    std and never augmented. `shape` is one example's (of texts: none), labels are 0 to `classes` - 1, and
+    `notes` says in sentences what was left out or held out.
     """
 
     name: str
-    train: Examples
-    test: Examples
+    train: Any
+    test: Any
     shape: tuple[int, ...]
     classes: int
     model: str
@@ -150,56 +162,178 @@ class Task:
     learning_rate: float
     batch_size: int = 128
     weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    augment: bool = False
+    flip: bool = False
+    max_length: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def build(self, model: str, seed: int) -> nn.Module:
+        """Build a model for the examples, on the CPU; see `torchcrest.train.models.build` and `build_text`.
+
+        Raises:
+            ConfigError: there is no such model, or it doesn't fit.
+        """
+        if isinstance(self.train, Texts):
+            return build_text(model, self.train.vocabulary, self.classes, seed)
+        return build(model, self.shape, self.classes, seed)
+
+    def seeded(self, seed: int) -> Task:
+        """Return the task with another seed of the augmentation, on the same data."""
+        train = copy.copy(self.train)
+        train.seed = seed
+        return replace(self, train=train)
 
 
-def load(name: str, *, augment: bool = False, flip: bool = False, seed: int = 0) -> Task:
-    """Load a task. Nothing is downloaded, and the global random states stay as they were.
+def load(
+    name: str,
+    *,
+    data: str | None = None,
+    augment: bool | None = None,
+    flip: bool | None = None,
+    seed: int = 0,
+    model: str | None = None,
+    max_length: int | None = None,
+) -> Task:
+    """Load a task. The global random states stay as they were.
+
+    Nothing is downloaded but by `cifar10`, `cifar100`, `tinyimagenet`, `snli` without `data`, by `hf:NAME`, and
+    by the names of pretrained models. Rows without a label (-1, "-" or none) are left out. Where there are no
+    test examples, those for validation are tested on, else a tenth of the training examples that is held out.
 
     Args:
-        name: `digits` (1,797 images of 8 x 8), `mnist1d` (25,000 signals of length 40, generated in seconds
-            and kept in the user's cache folder), or `npz:PATH`: arrays `x_train`, `y_train`, `x_test` and
+        name: `digits` (1,797 images of 8 x 8); `mnist1d` (25,000 signals of length 40, generated in seconds
+            and kept in the user's cache folder); `npz:PATH`, arrays `x_train`, `y_train`, `x_test` and
             `y_test`, where inputs are images [n, H, W], [n, H, W, C] or [n, C, H, W] (C 1 or 3) or vectors
-            [n, d], in uint8 or any float, and labels are whole numbers from 0, [n].
-        augment: Whether to shift training images at random, see `Examples`.
-        flip: Whether to mirror them as well.
+            [n, d], in uint8 or any float, and labels are whole numbers from 0, [n]; `cifar10`, `cifar100`,
+            `tinyimagenet` or `snli`; `imagefolder:DIR`, images in train/CLASS and test/CLASS; `text:FILE`,
+            texts or pairs in a JSON object a line (.jsonl or .jsonl.gz), with test in place of train in the name
+            of the test file; `hf:NAME` or `hf:NAME:CONFIG`, images or texts of the Hugging Face hub, or
+            `hf:DIR`, a folder that `datasets.load_dataset` takes.
+        data: Where the files of `cifar10`, `cifar100`, `tinyimagenet` or `snli` are: their original files, a
+            folder of images, or Parquet or JSON-lines files with train and test in their names.
+        augment: Whether to shift training images at random, see `Examples`; None: the task's default.
+        flip: Whether to mirror them as well; None: likewise.
         seed: The seed of the augmentation. The data and their split don't depend on it.
+        model: The text model, whose tokenizer is used; None: the task's default.
+        max_length: Tokens of a text that are kept, fewer where the model takes no more; None: 128.
 
     Raises:
-        ConfigError: The task is unknown, its package isn't installed, or augmentation doesn't suit it.
-        DataError: The npz file can't be used.
+        ConfigError: The task is unknown, its package isn't installed, or a setting doesn't suit it.
+        DataError: The files can't be used.
 
     >>> task = load("digits")
     >>> len(task.train), len(task.test), task.shape, task.classes
     (1437, 360, (1, 8, 8), 10)
     """
-    if name.startswith("npz:"):
-        arrays = _read(Path(os.path.expanduser(name.removeprefix("npz:"))))
-        arrays |= {key: _channels_first(key, arrays[key]) for key in ("x_train", "x_test")}
-        model, epochs, rate, batch = ("cnn" if arrays["x_train"].ndim == 4 else "mlp"), 10, 0.1, 128
-    elif name in _TASKS:
-        make, model, epochs, rate, batch = _TASKS[name]
-        # MNIST-1D's generator seeds both of these, and the first import of scikit-learn draws from one.
-        states = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
-            arrays = make()
-        except ImportError as error:
-            do = "Run pip install 'torchcrest[tasks]'."
-            raise ConfigError(must(f"task {name}", "have its packages installed", str(error), do)) from error
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-    else:
-        do = f"Did you mean npz:{name}?" if name.endswith(".npz") else suggest(name, [*_TASKS, "npz:PATH"])
-        raise ConfigError(must("task", f"be one of {', '.join(_TASKS)}, npz:PATH", name, do))
+    kind, _, rest = name.partition(":")
+    known = [*_TASKS, *_NAMED, *(f"{form}:{what}" for form, what in _FORMS.items())]
+    if (name not in known or rest) and (kind not in _FORMS or not rest):
+        do = f"Did you mean npz:{name}?" if name.endswith(".npz") else suggest(name, known)
+        raise ConfigError(must("task", f"be one of {', '.join(known)}", name, do))
+    want, do = f"be left out with {kind}", f"It is for {', '.join(_NAMED)}."
+    _require(data is None or name in _NAMED, "data", want, data, do, ConfigError)
+    defaults = _NAMED.get(name, _Defaults())
+    arrays: Arrays | None = None
+    notes: tuple[str, ...] = ()
+    with _same_random_states():
+        if kind == "npz":
+            arrays = _read(Path(os.path.expanduser(rest)))
+            arrays |= {key: _channels_first(key, arrays[key]) for key in ("x_train", "x_test")}
+        elif name in _TASKS:
+            make, defaults = _TASKS[name]
+            try:
+                arrays = make()
+            except ImportError as error:
+                do = "Run pip install 'torchcrest[tasks]'."
+                raise ConfigError(must(f"task {name}", "have its packages installed", str(error), do)) from error
+        elif data is not None and defaults.cifar:
+            arrays = cifar(_there("data", data), defaults.cifar)
+        if arrays is None:
+            train, test, notes = choose(_splits(kind, rest, defaults.hub, data), data or rest or name)
+            if not train.images:
+                for setting, value in (("augment", augment), ("flip", flip)):
+                    _require(not value, setting, "be False for texts", value, "Only images are augmented.", ConfigError)
+                return _of_texts(name, train, test, model or TEXT_MODEL, max_length or MAX_LENGTH, notes)
+            arrays = arrays_of(train, test)
+    do = "It is for texts."
+    _require(max_length is None, "max_length", f"be left out with {name}", max_length, do, ConfigError)
+    augment = defaults.augment if augment is None else augment
+    flip = defaults.augment and augment if flip is None else flip
     (x, y), (x_test, y_test) = _tensors("train", arrays), _tensors("test", arrays)
     kinds = [f"{inputs.dtype} {tuple(inputs.shape[1:])}" for inputs in (x, x_test)]
     _require(kinds[0] == kinds[1], "x_test", f"be like x_train, {kinds[0]}", kinds[1], "Prepare both alike.")
     classes, top = int(y.max()) + 1, int(y_test.max())
     _require(top < classes, "y_test", f"be below {classes}, as y_train is", top, "Leave out such examples.")
     mean, std = _moments(x)
-    train = Examples(x, y, mean=mean, std=std, augment=augment, flip=flip, seed=seed)
-    test = Examples(x_test, y_test, mean=mean, std=std)
-    return Task(name, train, test, tuple(x.shape[1:]), classes, model, epochs, rate, batch)
+    return Task(
+        name,
+        Examples(x, y, mean=mean, std=std, augment=augment, flip=flip, seed=seed),
+        Examples(x_test, y_test, mean=mean, std=std),
+        tuple(x.shape[1:]),
+        classes,
+        defaults.model or ("cnn" if x.ndim == 4 else "mlp"),
+        defaults.epochs,
+        defaults.learning_rate,
+        defaults.batch_size,
+        augment=augment,
+        flip=flip,
+        notes=notes,
+    )
+
+
+def _of_texts(name: str, train: Split, test: Split, model: str, length: int, notes: tuple[str, ...]) -> Task:
+    """Tokenise texts. As in the CREST paper, they are fine-tuned by AdamW at a rate of 1e-5, in batches of 32."""
+    texts, texts_test, classes = texts_of(train, test, model, length)
+    epochs, rate = (10, 1e-3) if model == BAG else (8 if name == "snli" else 3, 1e-5)
+    return Task(
+        name,
+        texts,
+        texts_test,
+        (),
+        classes,
+        model,
+        epochs,
+        rate,
+        batch_size=32,
+        weight_decay=0.01,
+        optimizer="adamw",
+        max_length=length,
+        notes=notes,
+    )
+
+
+def _splits(kind: str, rest: str, hub: str, data: str | None) -> Splits:
+    """Find the splits of a task whose examples are rows."""
+    if kind == "text":
+        return beside(_there("text", rest))
+    if kind == "imagefolder":
+        return from_folders(_there("imagefolder", rest))
+    if kind == "hf":
+        local = Path(os.path.expanduser(rest))
+        name, _, config = (str(local), "", "") if local.exists() else rest.partition(":")
+        return from_hub(name, config or None)
+    if data is None:
+        return from_hub(hub)
+    found = _there("data", data)
+    return beside(found) if found.is_file() else from_files(found) or from_folders(found)
+
+
+def _there(name: str, path: str) -> Path:
+    found = Path(os.path.expanduser(path))
+    _require(found.exists(), name, "be a file or folder that is there", path, "Check the path.")
+    return found
+
+
+@contextlib.contextmanager
+def _same_random_states() -> Iterator[None]:
+    # MNIST-1D's generator seeds both of these, and the first import of scikit-learn draws from one.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _digits() -> Arrays:
@@ -235,15 +369,31 @@ def _mnist1d() -> Arrays:
     return arrays
 
 
-_TASKS = {  # how to get it, model, epochs, learning rate, batch size
-    "digits": (_digits, "mlp", 30, 0.05, 32),
-    "mnist1d": (_mnist1d, "conv1d", 60, 0.2, 128),
+@dataclass(frozen=True)
+class _Defaults:
+    """What a task is trained with, where the settings don't say; and where it is."""
+
+    model: str = ""  # of other data than texts; none: cnn or mlp, by the shape
+    epochs: int = 10
+    learning_rate: float = 0.1
+    batch_size: int = 128
+    augment: bool = False  # and mirror
+    hub: str = ""
+    cifar: int = 0  # classes, where the original archives are known
+
+
+_TASKS = {
+    "digits": (_digits, _Defaults("mlp", 30, 0.05, 32)),
+    "mnist1d": (_mnist1d, _Defaults("conv1d", 60, 0.2, 128)),
 }
-
-
-def _require(ok: bool, name: str, want: str, got: Any, do: str, error: type[Exception] = DataError) -> None:
-    if not ok:
-        raise error(must(name, want, got, do))
+TEXT_MODEL = "FacebookAI/roberta-base"
+_NAMED = {
+    "cifar10": _Defaults("resnet20", 200, augment=True, hub="uoft-cs/cifar10", cifar=10),
+    "cifar100": _Defaults("resnet18", 200, augment=True, hub="uoft-cs/cifar100", cifar=100),
+    "tinyimagenet": _Defaults("resnet50", 200, augment=True, hub="zh-plus/tiny-imagenet"),
+    "snli": _Defaults(hub="stanfordnlp/snli"),
+}
+_FORMS = {"npz": "PATH", "imagefolder": "DIR", "text": "FILE", "hf": "DATASET"}
 
 
 def _read(path: Path) -> Arrays:
