@@ -79,6 +79,14 @@ class Account:
         limit = self.budget.limit
         return limit is None or self._teaching <= LEARNING_SHARE * limit * self.budget.trained
 
+    def coreset_step(self, stats: Stats) -> float:
+        """Return what a step on a coreset has cost so far, in plain steps: selection, checks and curvature are its.
+
+        0 where it is not known as yet.
+        """
+        known = stats.coresets and self.budget.trained
+        return 1 + self.budget.overhead * self._entered / stats.coresets if known else 0.0
+
     def enter_steps(self, step: int) -> None:
         """Enter the training steps since the last time, up to this one."""
         steps, self._entered = step - self._entered, step

@@ -1,4 +1,4 @@
-"""The command ``torchcrest``: train, compare, report, select."""
+"""The command ``torchcrest``: train, compare, ablate, report, select."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torchcrest.config import PRESETS, CrestConfig
 from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
 from torchcrest.report import report, table
 from torchcrest.solvers import coreset
+from torchcrest.train import ablate as ablation
 from torchcrest.train.compare import COLUMNS, LEGEND, FailedRuns, cells, compare, plan, run_name
 from torchcrest.train.console import Watcher, render, stop_requests
 from torchcrest.train.files import RunFiles, blocked, replacing
@@ -38,6 +39,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train one model with one method",
     "compare": "run several methods and print the table",
+    "ablate": "see what each part of CREST does",
     "report": "write a comparison's page, or print its table",
     "select": "pick one coreset of raw features",
 }
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         parsed = _parse(arguments)
-        act = {"train": _train, "compare": _compare, "report": _report, "select": _select}[parsed.subcommand]
+        act = {"train": _train, "compare": _compare, "ablate": _ablate, "report": _report, "select": _select}[
+            parsed.subcommand
+        ]
         act(parsed[parsed.subcommand], console)
     except (TorchcrestError, ArgumentError) as error:
         _say(f"error: {error}")
@@ -143,6 +147,36 @@ def _compare(args: Namespace, console: Console) -> None:
         raise failed
 
 
+def _ablate(args: Namespace, console: Console) -> None:
+    """Train CREST with one part changed at a time; print a table of errors and regions."""
+    asked = ablation.variants(_settings(args), args.variants)
+    folder = _folder(args.out, args.task, "ablate")
+    failed: FailedRuns | None = None
+    with stop_requests(console) as stop, Watcher(console) as watcher:
+        try:
+            summaries = ablation.ablate(
+                asked,
+                args.budget,
+                args.seeds,
+                folder,
+                begin=watcher.begin,
+                stop=stop,
+                processes=args.processes,
+                trackers=args.track,
+                energy=args.energy,
+                say=_told(console),
+            )
+        except FailedRuns as error:
+            failed, summaries = error, error.summaries
+    if summaries:
+        _print_rows(args.task, ablation.COLUMNS, ablation.rows(summaries), ablation.LEGEND, console)
+    same = [name for name in args.variants if name not in asked]
+    _print_sentences([f"Left out, for they are the settings as they are: {', '.join(same)}."] if same else [], console)
+    console.print(_plain(f"Runs: {folder}"), soft_wrap=True, highlight=False)
+    if failed:
+        raise failed
+
+
 def _report(args: Namespace, console: Console) -> None:
     """Write the page of a comparison, or print its table."""
     if args.format == "html":
@@ -218,6 +252,7 @@ def _commands(crest_defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
     return {
         "train": _train_parser(crest_defaults),
         "compare": _compare_parser(crest_defaults),
+        "ablate": _ablate_parser(crest_defaults),
         "report": _report_parser(),
         "select": _select_parser(),
     }
@@ -246,6 +281,19 @@ def _compare_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
     equal_time = "run random at further budgets too, so that each method meets it at equal time"
     parser.add_argument("--equal_time", type=bool, default=True, help=equal_time)
     parser.add_argument("--out", type=Path | None, default=None, help="folder of the runs; default: runs/TASK/compare")
+    return _without_markup(parser)
+
+
+def _ablate_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
+    about = "Train CREST as it is set, then with one part changed at a time, and compare errors and regions."
+    parser = _new(about, usage="torchcrest ablate TASK [options]")
+    _add_run(parser, crest_defaults, skip={"task", *CONFIGS, "method", "budget", "seed"})
+    names = list(ablation.VARIANTS)
+    parser.add_argument("--variants", type=str, nargs="+", default=names, help=f"some of {', '.join(names)}")
+    parser.add_argument("--budget", type=float, default=0.1, help="share of the full run's steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each variant runs with each")
+    parser.add_argument("--processes", type=int, default=1, help="runs of a variant to make at once")
+    parser.add_argument("--out", type=Path | None, default=None, help="folder of the runs; default: runs/TASK/ablate")
     return _without_markup(parser)
 
 
@@ -379,12 +427,15 @@ def _rates(words: Sequence[str]) -> dict[str, float]:
 
 
 def _print_table(task: str, summaries: list[dict[str, Any]], console: Console) -> None:
-    rows = [cell.row() for cell in cells(summaries)]
-    widths = [max(map(len, column)) + 1 for column in zip(COLUMNS, *rows, strict=True)]
+    _print_rows(task, COLUMNS, [cell.row() for cell in cells(summaries)], LEGEND, console)
+
+
+def _print_rows(task: str, columns: list[str], rows: list[list[str]], legend: str, console: Console) -> None:
+    widths = [max(map(len, column)) + 1 for column in zip(columns, *rows, strict=True)]
     # Half a figure is a wrong one: the last columns are left out where the terminal is too narrow.
     fitting = max(1, sum(end - 1 <= console.width for end in accumulate(widths)))
-    console.print(render(_plain(task), COLUMNS[:fitting], [row[:fitting] for row in rows]))
-    console.print(LEGEND, style="dim", highlight=False)
+    console.print(render(_plain(task), columns[:fitting], [row[:fitting] for row in rows]))
+    console.print(legend, style="dim", highlight=False)
 
 
 def _print_sentences(sentences: Sequence[str], console: Console) -> None:

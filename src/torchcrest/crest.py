@@ -15,17 +15,18 @@ from torchcrest import tree
 from torchcrest.account import Account
 from torchcrest.active import ActiveSet, Draws, stream
 from torchcrest.config import CrestConfig, steps_of
+from torchcrest.diagnostics import Gauge
 from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
-from torchcrest.measure import How, Meter, device_of
+from torchcrest.measure import Meter, device_of, how_of
 from torchcrest.objectives import Objective, Projecting, as_objective, trimmed
 from torchcrest.overhead import Purpose
 from torchcrest.passes import Passes
 from torchcrest.proxies import source_of
 from torchcrest.quadratic import QuadraticModel, relative_error
 from torchcrest.region import Region, read_coresets, states_of
-from torchcrest.solvers import medoids, weigh
+from torchcrest.solvers import labels_of, pick
 from torchcrest.streaming import StreamFeed, is_stream
 from torchcrest.types import Coreset, Pool, WeightedBatch
 
@@ -144,7 +145,7 @@ class Crest(Passes):
         if isinstance(objective, Projecting) and config.proxy_source == "history":
             do = "The objective gives proxy gradients of its own: use 'forward'."
             raise ConfigError(must("proxy_source", "be another than 'history' with this objective", "history", do))
-        how = _how(config, device_of(model))
+        how = how_of(config, device_of(model))
         self._meter = Meter(
             model,
             objective,
@@ -182,6 +183,7 @@ class Crest(Passes):
         self._learned_steps = steps_of(config.learned_interval, steps)
         self._spare: list[Coreset] = []  # random batches that were read and not needed yet
         self._account = Account(config, self._meter, self._source)
+        self._gauge = Gauge(config) if config.diagnostics else None
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
@@ -260,10 +262,13 @@ class Crest(Passes):
             if loss is not None:
                 self._quadratic.anchor(region.parameters, loss)
             norms = self._quadratic.gradient_norm(), self._quadratic.curvature_norm()
-            mean, gradient_norm, curvature_norm = self._ranks.average(loss or 0.0, norms=norms)
+            mean, *quality, gradient_norm, curvature_norm = self._ranks.average(
+                loss or 0.0, *self._quality_numbers(), norms=norms
+            )
             if modelled:
                 self._adapt_interval(curvature_norm)
         self.stats.regions += 1
+        self._tell_quality(quality)
         self._log(
             "region",
             region=region.number,
@@ -298,6 +303,8 @@ class Crest(Passes):
                 pools += [self._measure(*self._feed.next()) for _ in range(together - len(pools))]
                 self._look()
                 coresets += self._select(pools)
+            if self._gauge:
+                self._gauge.read()  # what is timed here ends with a wait for the device anyway
         while renewed and len(coresets) < steps:
             coresets.append(self._random())
         region.coresets, region.picked_at = coresets, self._step
@@ -356,9 +363,8 @@ class Crest(Passes):
     def _select(self, pools: list[Pool]) -> list[Coreset]:
         """Pick a coreset from each pool, all together (step 3)."""
         config = self.config
-        labels = None
-        if config.stratify and all(pool.labels is not None for pool in pools):
-            labels = torch.stack([pool.labels for pool in pools if pool.labels is not None])
+        labels = labels_of(pools) if config.stratify else None
+        if labels is not None:
             classes = len(torch.unique(labels))
             if classes > config.batch_size:
                 self._warn_once(
@@ -366,15 +372,9 @@ class Crest(Passes):
                     f"batch_size = {config.batch_size} is smaller than the number of classes, {classes}, so a coreset "
                     "cannot represent them all. Expect less than from random batches, or use a larger batch_size.",
                 )
-        features = [pool.features for pool in pools if pool.features is not None]
-        rows, sizes = medoids(
-            torch.stack([pool.gradients for pool in pools]),
-            config.batch_size,
-            labels,
-            torch.stack(features) if features else None,
-            bias=pools[0].bias,
-        )
-        weights = weigh(sizes, config.weight_power)
+        rows, weights = pick(pools, labels, config)
+        if self._gauge:
+            self._gauge.add(pools, rows, weights)
         picked = [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
         return [replace(coreset, data=trimmed(self._meter.objective, coreset.data)) for coreset in picked]
 
@@ -413,10 +413,13 @@ class Crest(Passes):
         with self._charged("checking"):
             pool = self._measure_check(region.check_indices, region.check_data)
             loss = float(pool.losses.mean(dtype=torch.float64))
-            predicted, loss = self._ranks.average(self._quadratic.predict(region.parameters), loss)
+            predicted = self._quadratic.predict(region.parameters)
+            predicted, loss, *quality = self._ranks.average(predicted, loss, *self._quality_numbers())
         rho = relative_error(predicted, loss)
         passed = rho <= self.config.tolerance
         self.stats.checks += 1
+        if passed:  # else the new region tells
+            self._tell_quality(quality)
         self._log("check", region=region.number, rho=rho, predicted=predicted, loss=loss, passed=passed)
         if passed:
             region.check_at = self._step + self._stretched(region.interval)
@@ -449,6 +452,15 @@ class Crest(Passes):
         if excluded:
             self._feed.redraw()
         self._log("exclude", excluded=excluded, active=self._active.count)
+
+    def _quality_numbers(self) -> list[float]:
+        """Return what ranks tell each other of their gradients: four estimates, and what a coreset's step costs."""
+        return [*self._gauge.numbers(), self._account.coreset_step(self.stats)] if self._gauge else []
+
+    def _tell_quality(self, numbers: list[float]) -> None:
+        """Log how good the coresets' gradients are, and whether they are worth what they cost."""
+        if self._gauge and (values := self._gauge.tell(numbers, self.stats)):
+            self._log("quality", **values)
 
     def _stretched(self, interval: int) -> int:
         """Return an interval that the bound allows, given what checks have cost."""
@@ -504,6 +516,7 @@ class Crest(Passes):
             "account": self._account.state_dict(),
             "unseen": [(indices, losses.cpu()) for indices, losses in self._unseen],
             "source": self._source.state_dict(),
+            "gauge": self._gauge and self._gauge.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -514,6 +527,8 @@ class Crest(Passes):
         device = device_of(self._meter.model)
         self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
         self._source.load_state_dict(state["source"])
+        if self._gauge:
+            self._gauge.load_state_dict(state["gauge"])
         self._spare = read_coresets(state["spare"], self._feed, device, self._meter.objective)
         saved = state["region"]
         self._region = saved and Region.read(saved, self._feed, self._meter.model, self._meter.objective)
@@ -526,13 +541,6 @@ def _added(total: list[Tensor], terms: list[Tensor], share: float) -> list[Tenso
     if not total:
         return [term.mul_(share) for term in terms] if share != 1 else terms
     return [t.add_(term, alpha=share) for t, term in zip(total, terms, strict=True)]
-
-
-def _how(config: CrestConfig, device: torch.device) -> How:
-    """Return how pools are forwarded."""
-    together = config.measured_together or (config.batch_size if device.type == "cpu" else None)
-    dtype = None if config.measure_dtype == "model" else getattr(torch, config.measure_dtype)
-    return How(config.measure_mode, dtype, config.channels_last, together)
 
 
 def _refuse(model: Any, config: Any, examples: int | None, last_layer: Any, proxy_model: Any, ranks: int) -> None:

@@ -20,7 +20,7 @@ from torchcrest.errors import CheckpointError, ConfigError, RankError, must
 
 __all__ = ["Ranks", "is_sharded", "reshard", "unwrapped", "whole_parameters"]
 
-NUMBERS = 3  # that ranks exchange at once; always as many, so that a rank that fails can stand in anywhere
+NUMBERS = 8  # that ranks exchange at once; always as many, so that a rank that fails can stand in anywhere
 MESSAGE = 2000  # bytes of an error's message that reach the other ranks
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcrest import quadratic, tree
-from torchcrest.config import CurvatureProduct, MeasureMode
+from torchcrest.config import CrestConfig, CurvatureProduct, MeasureMode
 from torchcrest.distributed import reshard, unwrapped, whole_parameters
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective, Projecting, trimmed
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["How", "Meter", "device_of", "forked", "last_layers", "observing", "pool_of", "synchronize"]
+__all__ = ["How", "Meter", "device_of", "forked", "how_of", "last_layers", "observing", "pool_of", "synchronize"]
 
 Part = TypeVar("Part")
 
@@ -125,6 +125,13 @@ class How:
     channels_last: bool = False
     together: int | None = None
     resolution: float = 1.0
+
+
+def how_of(config: CrestConfig, device: torch.device) -> How:
+    """Return how pools are forwarded on a device."""
+    together = config.measured_together or (config.batch_size if device.type == "cpu" else None)
+    dtype = None if config.measure_dtype == "model" else getattr(torch, config.measure_dtype)
+    return How(config.measure_mode, dtype, config.channels_last, together)
 
 
 class Meter:

@@ -20,7 +20,7 @@ from torchcrest.types import Stats, WeightedBatch, no_indices
 
 __all__ = ["FORMAT", "Passes", "Phase"]
 
-FORMAT = 3  # of state_dict; to be raised when an older state can no longer be read
+FORMAT = 4  # of state_dict; to be raised when an older state can no longer be read
 
 Phase = Literal["training", "selecting", "checking", "curvature"]
 

@@ -112,6 +112,10 @@ class Stats:
         regions: quadratic models fitted.
         checks: checks of a quadratic model against the loss.
         active: examples that are drawn from at present; the others are set aside, or not picked. 0 for a stream.
+        effective_batch_size: examples in a random batch with a coreset's variance, by proxy gradients: the mean of
+            the history's ``quality`` events, like the next two; 0 before there is one.
+        pay_off: the effective batch size in batches, for each plain step that a step on a coreset costs.
+        bounded: share of the events at which the bias was at most a third of the gradient's norm.
     """
 
     seconds_selecting: float = 0.0
@@ -126,6 +130,9 @@ class Stats:
     regions: int = 0
     checks: int = 0
     active: int = 0
+    effective_batch_size: float = 0.0
+    pay_off: float = 0.0
+    bounded: float = 0.0
 
 
 @runtime_checkable

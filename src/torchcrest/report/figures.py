@@ -16,7 +16,7 @@ from torchcrest.report.table import MINUS, signed
 from torchcrest.train.collect import Finished
 from torchcrest.train.verdict import Difference
 
-__all__ = ["Curve", "Picture", "accuracy", "checks", "data_in_use", "differences", "late", "spending"]
+__all__ = ["Curve", "Picture", "accuracy", "checks", "data_in_use", "differences", "late", "quality", "spending"]
 
 MOST_MARKS = 400  # of a kind in a figure
 LOUD = ("crest", "random")  # who stands against whom
@@ -267,6 +267,58 @@ def checks(run: Finished, label: str) -> Picture:
         title = f"Checks of {label}"
         svg = svg_of(figure, title, f"{words}; tolerance {tolerance:g}.")
     caption = f"Seed {run.summary['seed']}: {words}." + (f" One mark stands for {every} checks." if every > 1 else "")
+    return Picture(svg, title, caption)
+
+
+def quality(run: Finished, label: str) -> Picture | None:
+    """Draw bias and standard deviation of the coresets' gradients over training, against random batches.
+
+    Args:
+        run: of ``crest``.
+        label: of the runs it stands for.
+
+    Returns:
+        The figure; None where the run has no estimates.
+    """
+    told = [e for e in run.events if e["event"] == "quality" and e["bias"] is not None]
+    if not told:
+        return None
+    steps = [e["step"] for e in told]
+    size, pool = run.config["batch_size"], run.config["crest"]["pool_size"]
+    lines = {
+        "random_deviation": (f"random {size}", "m-random", "-", 2.4),
+        "pool_deviation": (f"random {pool}", "m-random", (0, (4, 2)), 1.6),
+        "deviation": ("coreset", "m-crest", "-", 2.4),
+        "bias": ("its bias", "m-crest", (0, (1, 1.5)), 2.0),
+    }
+    mean = {name: statistics.fmean(e[name] for e in told) for name in lines}
+    with drawing(f"quality-{label}"):
+        figure, axes = axes_of(290, left=34, right=26 + LETTER * max(len(words) for words, *_ in lines.values()))
+        highest = max(statistics.quantiles([e[name] for e in told], n=50)[-1] for name in lines) if told[1:] else 1.0
+        axes.set(xlim=(0, run.summary["steps"]), ylim=(0, 1.1 * highest), xlabel="optimizer steps")
+        axes.axhline(1 / 3, color=INKS["ink"], lw=1.2, ls=(0, (4, 3)), zorder=2)
+        for key, (_, ink, dashes, width) in lines.items():
+            axes.plot(steps, [e[key] for e in told], color=INKS[ink], ls=dashes, lw=width, zorder=3)
+        axes.set_title("relative to the gradient's norm")
+        scale(axes.xaxis, whole=True)
+        scale(axes.yaxis)
+        ends = [(ink.removeprefix("m-"), words, steps[-1], told[-1][key]) for key, (words, ink, *_) in lines.items()]
+        name(figure, axes, ends)
+        said = [f"{words} {mean[key]:.2f}" for key, (words, *_) in lines.items()]
+        title = f"Gradients of {label}"
+        svg = svg_of(figure, title, f"Bias and standard deviation, means over training: {'; '.join(said)}.")
+    bounded = 100 * statistics.fmean(e["bounded"] for e in told)
+    caption = (
+        f"Seed {run.summary['seed']}, by proxy gradients. Solid: standard deviation of a batch's gradient; dotted: a "
+        f"coreset's bias, which the theory wants below a third (dashed line): {bounded:.0f} % of the time."
+    )
+    over = 100 * statistics.fmean(e["bias"] > 1 for e in told)
+    caption += f" {over:.0f} % of the time it is above 1, where nothing is guaranteed." if over else ""
+    worth = {key: run.summary.get(key) for key in ("effective_batch_size", "pay_off")}
+    if worth["effective_batch_size"]:
+        caption += f" A coreset has the variance of {worth['effective_batch_size']:.0f} random examples"
+        caption += f", {worth['pay_off']:.2f} times what its cost would buy." if worth["pay_off"] else "."
+        caption += " That counts where noise limits progress, which early in training it does not."
     return Picture(svg, title, caption)
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from torchcrest.errors import ConfigError, must
 from torchcrest.report.canvas import PHASES
-from torchcrest.report.figures import Curve, Picture, accuracy, checks, data_in_use, differences, spending
+from torchcrest.report.figures import Curve, Picture, accuracy, checks, data_in_use, differences, quality, spending
 from torchcrest.report.reproduce import compare_command, flat, train_command
 from torchcrest.report.table import NOTHING, Row, columns, rows_of, short
 from torchcrest.train.collect import Collected, Finished, collect
@@ -202,6 +202,9 @@ def _inside(runs: Sequence[Finished]) -> list[Picture]:
     aside = "Full training, which only trains, is left out." if len(groups) > len(short_ones) > 0 else ""
     drawn = [spending([(label(*cell), spent(group)) for cell, group in (short_ones or groups).items()], aside)]
     drawn += [checks(group[0], label(*cell)) for cell, group in groups.items() if cell[0] == "crest"]
+    drawn += [
+        picture for cell, group in groups.items() if cell[0] == "crest" and (picture := quality(group[0], label(*cell)))
+    ]
     data = data_in_use([Curve(cell[0], label(*cell), group) for cell, group in groups.items()])
     return [*drawn, *([data] if data else [])]
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchcrest.config import CrestConfig
 from torchcrest.solvers.distance import distances
 from torchcrest.solvers.facility import LAZY_FROM, greedy, lazy_greedy
+from torchcrest.types import Pool
 
-__all__ = ["medoids", "shares", "weigh"]
+__all__ = ["labels_of", "medoids", "pick", "shares", "weigh"]
 
 Array = NDArray[np.int64]
 CHUNK = 1 << 24  # similarities held at a time
+
+
+def labels_of(pools: Sequence[Pool]) -> Tensor | None:
+    """Return the class labels of pools, ``[p, r]``, or None where some have none."""
+    labels = [pool.labels for pool in pools if pool.labels is not None]
+    return torch.stack(labels) if len(labels) == len(pools) else None
+
+
+def pick(pools: Sequence[Pool], labels: Tensor | None, config: CrestConfig) -> tuple[Tensor, Tensor]:
+    """Pick a mini-batch coreset from each pool, all together.
+
+    Args:
+        pools: p of them.
+        labels: ``[p, r]``, to pick from each class its share; None: from the whole pools.
+        config: how many, and how they are weighted.
+
+    Returns:
+        rows ``[p, m]``, ascending, and weights ``[p, m]`` of mean 1.
+    """
+    features = [pool.features for pool in pools if pool.features is not None]
+    rows, sizes = medoids(
+        torch.stack([pool.gradients for pool in pools]),
+        config.batch_size,
+        labels,
+        torch.stack(features) if features else None,
+        bias=pools[0].bias,
+    )
+    return rows, weigh(sizes, config.weight_power)
 
 
 def medoids(

@@ -148,6 +148,7 @@ def compare(
     trackers: Sequence[str] = (),
     energy: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    task: Task | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is missing of a comparison and return all its summaries, in the order of the runs.
 
@@ -164,6 +165,7 @@ def compare(
         trackers: as in :func:`torchcrest.train.run.train`, like the next.
         energy: measure it as well.
         say: as in :func:`torchcrest.train.run.train`.
+        task: the runs' task, prepared before; it tells nothing anew.
 
     Raises:
         ConfigError: a run cannot work; found before any is begun, like the next.
@@ -174,8 +176,8 @@ def compare(
     if processes < 1:
         raise ConfigError(must("processes", "be at least 1", processes, "1 makes one run after the other."))
     refuse_missing(trackers, energy)
-    task = prepare(runs[0])[0]  # the same for all runs, but for the seed of augmentation
-    for note in task.notes:
+    told, task = task, prepare(runs[0], task)[0]  # the same for all runs, but for the seed of augmentation
+    for note in task.notes if told is None else ():
         say(note)
     job = _Job(folder, processes, tuple(trackers), energy, task if processes == 1 else None)
     done: dict[str, dict[str, Any]] = {}

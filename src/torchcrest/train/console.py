@@ -87,6 +87,9 @@ def _figures(status: Status) -> str:
         parts.append(f"regions {status.regions} (interval {status.interval})")
         parts.append(f"active {status.active:.0%}")
         parts.append(f"overhead {status.overhead:.0%} (measured {status.forwarded:.0f} a step)")
+    if status.effective_batch_size is not None:
+        pay_off = "" if status.pay_off is None else f" (pay-off {status.pay_off:.2f})"
+        parts.append(f"effective batch {status.effective_batch_size:.0f}{pay_off}")
     return ", ".join(parts)
 
 

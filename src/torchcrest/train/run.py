@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import torchcrest
 from torchcrest import tree
 from torchcrest.active import stream
+from torchcrest.diagnostics import MEANS
 from torchcrest.errors import CheckpointError, ConfigError, NonFiniteLossError, must
 from torchcrest.measure import forked, synchronize
 from torchcrest.objectives import Classification
@@ -67,6 +68,8 @@ class Status:
         overhead: seconds of selection for each second of the rest.
         forwarded: examples measured and differentiated for each step.
         seconds: on the training clock.
+        effective_batch_size: examples in a random batch with a coreset's variance; None where it is not known.
+        pay_off: that in batches, for each plain step that a step on a coreset costs; likewise.
     """
 
     step: int
@@ -80,6 +83,8 @@ class Status:
     overhead: float
     forwarded: float
     seconds: float
+    effective_batch_size: float | None = None
+    pay_off: float | None = None
 
 
 def prepare(settings: RunSettings, task: Task | None = None) -> tuple[Task, RunSettings]:
@@ -417,7 +422,8 @@ class _Run:
         assert self.watch is not None
         self._told = time.monotonic()
         stats = self.loader.stats
-        regions = [event for event in self.loader.history[-50:] if event["event"] == "region"]
+        latest = {event["event"]: event for event in self.loader.history[-100:]}
+        quality = latest.get("quality", {})
         self.watch(
             Status(
                 step=self.step,
@@ -426,11 +432,13 @@ class _Run:
                 accuracy=self.accuracy,
                 evaluated=evaluated,
                 regions=stats.regions,
-                interval=regions[-1]["interval"] if regions else None,
+                interval=latest["region"]["interval"] if "region" in latest else None,
                 active=stats.active / len(self.task.train),
                 overhead=_overhead(stats, self.seconds),
                 forwarded=stats.examples_forwarded / self.step,
                 seconds=self.seconds,
+                effective_batch_size=quality.get("effective_batch_size"),
+                pay_off=quality.get("pay_off"),
             )
         )
 
@@ -471,6 +479,7 @@ class _Run:
             "processes": self.processes,
             "peak_memory": self.memory.read(),
             "peak_memory_of": self.memory.of,
+            **({name: getattr(stats, name) for name in MEANS} if stats.effective_batch_size else {}),
             **({"energy_kwh": energy} if energy else {}),
         }
 

@@ -1,0 +1,187 @@
+"""Do proxy gradients tell of coresets what whole gradients tell, and what do the live diagnostics cost?
+
+A run of CREST is stopped at some steps. There, bias and variance of coresets' gradients are measured by whole
+gradients and by proxies, on the same pools, for pools of 2, 4 and 8 batches and three kinds of weights; a random batch
+stands beside them. The correlation is Spearman's, over the ways to pick. Then runs with and without the diagnostics,
+in pairs, in CPU seconds, and the share of the diagnostics themselves.
+
+    python benchmarks/diagnostics.py npz:glyphs62.npz --model cnn --out benchmarks/diagnostics-glyphs62.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchcrest import Crest, CrestConfig
+from torchcrest.diagnostics import Gauge, GradientQuality, gradient_qualities
+from torchcrest.train.schedule import learning_rate
+from torchcrest.train.tasks import load
+
+M = 128
+CONFIGS = {
+    f"r={times}m, weights^{power:g}": CrestConfig(batch_size=M, pool_size=times * M, weight_power=power)
+    for times in (2, 4, 8)
+    for power in (1.0, 0.5, 0.0)
+}
+
+
+class Part:
+    """The training examples that quality is measured on."""
+
+    def __init__(self, examples: Any, rows: list[int]) -> None:
+        self._examples, self._rows = examples, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return self._examples.__getitems__([self._rows[row]])
+
+    def __getitems__(self, rows: list[int]) -> Any:
+        return self._examples.__getitems__([self._rows[row] for row in rows])
+
+
+def training(model: nn.Module, crest: Crest, rate: float) -> Iterator[int]:
+    """Train, and yield the number of steps after each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    for step, ((x, y), weights) in enumerate(crest, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, len(crest), base=rate, kind="step", warmup=0.1)
+        (F.cross_entropy(model(x), y, reduction="none") * weights).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def told(quality: GradientQuality) -> dict[str, Any]:
+    """Return the figures, and the root of the mean squared error, relative to the gradient's norm."""
+    return quality.to_dict() | {"error": quality.relative(max(quality.bias_square, 0) + quality.variance)}
+
+
+def spearman(left: list[float], right: list[float]) -> float:
+    """Correlate the ranks."""
+    ranks = [np.argsort(np.argsort(values)) for values in (left, right)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def cost(task: Any, model: str, config: CrestConfig, steps: int, seed: int, rate: float) -> tuple[float, float]:
+    """Return the CPU seconds of a run, and those of the diagnostics in it."""
+    spent = 0.0
+    kept = {name: getattr(Gauge, name) for name in ("add", "read", "tell")}
+
+    def timed(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal spent
+            start = time.process_time()
+            try:
+                return kept[name](*arguments)
+            finally:
+                spent += time.process_time() - start
+
+        return call
+
+    for name in kept:
+        setattr(Gauge, name, timed(name))
+    try:
+        net = task.build(model, seed)
+        crest = Crest(net, task.train, config, steps=steps, seed=seed, collate_fn=task.train.collate)
+        start = time.process_time()
+        for _ in training(net, crest, rate):
+            pass
+        return time.process_time() - start, spent
+    finally:
+        for name, method in kept.items():
+            setattr(Gauge, name, method)
+
+
+def main() -> None:
+    """Measure, write a JSON line a figure, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("--model", default="cnn")
+    parser.add_argument("--steps", type=int, default=469)
+    parser.add_argument("--at", type=int, nargs="+", default=[50, 200, 469])
+    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=20_000, help="training examples to measure on")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pair-steps", type=int, default=60)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    shared = {"task": args.task.rpartition("/")[2], "model": args.model, "commit": commit, "torch": torch.__version__}
+    task = load(args.task)
+    rows = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))[: args.examples].tolist()
+    data = Part(task.train, rows)
+    with args.out.open("w") as file:
+
+        def write(**record: Any) -> None:
+            file.write(json.dumps({**shared, **record}) + "\n")
+            file.flush()
+
+        pairs = []
+        for pair in range(args.pairs):
+            both = {}
+            for on in (False, True) if pair % 2 else (True, False):
+                config = CrestConfig(batch_size=M, diagnostics=on, overhead_in="counted")
+                both[on], own = cost(task, args.model, config, args.pair_steps, pair, args.rate)
+                share = own / both[on] if on else 0.0
+                write(pair=pair, diagnostics=on, steps=args.pair_steps, cpu_seconds=both[on], share=share)
+                if on:
+                    pairs.append((share, 0.0))
+            pairs[-1] = (pairs[-1][0], both[True] / both[False] - 1)
+            print(f"pair {pair}: with {both[True]:.2f} s, without {both[False]:.2f} s", flush=True)
+        for words, values in zip(
+            ("share of the diagnostics", "with / without - 1"), zip(*pairs, strict=True), strict=True
+        ):
+            print(f"{words}: median {median(values):.2%} ({min(values):.2%} to {max(values):.2%})", flush=True)
+
+        model = task.build(args.model, 0)
+        crest = Crest(
+            model, task.train, CrestConfig(batch_size=M), steps=args.steps, seed=0, collate_fn=task.train.collate
+        )
+        for step in training(model, crest, args.rate):
+            if step not in args.at:
+                continue
+            start = time.perf_counter()
+            found = gradient_qualities(
+                model, data, CONFIGS, draws=args.draws, collate_fn=task.train.collate, chunk=M, seed=step
+            )
+            live = [event for event in crest.history if event["event"] == "quality"][-1:]
+            print(f"\nstep {step}, {time.perf_counter() - start:.0f} s; live: {live}\n", flush=True)
+            print("| variant | bias | deviation | error | effective batch | proxies: bias | deviation | error | eff. |")
+            print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+            table = {name: tuple(map(told, both)) for name, both in found.items()}
+            random = (
+                told(replace(each, bias_square=0.0, variance=each.random_variance))
+                for each in next(iter(found.values()))
+            )
+            for name, both in ({"random": tuple(random)} | table).items():
+                write(step=step, variant=name, draws=args.draws, whole=both[0], proxies=both[1])
+                keys = ("bias", "deviation", "error", "effective_batch_size")
+                cells = [f"{each[key] or 0:.{0 if 'size' in key else 2}f}" for each in both for key in keys]
+                print(f"| {name} | {' | '.join(cells)} |")
+            for key in ("bias", "deviation", "error", "effective_batch_size"):
+                columns = [[each[k][key] or 0.0 for each in table.values()] for k in (0, 1)]
+                rank = spearman(*columns)
+                write(step=step, rank_correlation=key, value=rank)
+                print(f"Spearman, {key}: {rank:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
