@@ -411,9 +411,9 @@ def train_sharded(rank: int, size: int) -> Any:
     data = Blobs(901)
     mesh = init_device_mesh("cpu", (size,))
     runs = {}
-    for curvature, settings in CURVATURES.items():
+    for curvature, own in CURVATURES.items():
         # DDP averages the norms of the ranks' curvatures, not the curvatures: so intervals may differ.
-        kw = {"config": replace(CONFIG, max_interval=1, **settings), "steps": 10}
+        kw = {"config": replace(CONFIG, max_interval=1, **own), "steps": 10}
         copied = Run(ddp(norm=False), data, **kw).go()
         sharded = Run(fsdp(mesh), data, **kw).go(keep=True)
         resumed = Run(fsdp(mesh), data, **kw).load(sharded.states[4]).go()
