@@ -474,7 +474,8 @@ class TestFSDP:
 def train_with_a_proxy(rank: int, size: int) -> Any:
     config = replace(CONFIG, proxy_source="model", renew=4, max_overhead=1.0, overhead_in="counted")
     results = []
-    for build in (ddp, lambda: fsdp(init_device_mesh("cpu", (size,)))):
+    builds: list[Callable[[], nn.Module]] = [ddp, lambda: fsdp(init_device_mesh("cpu", (size,)))]
+    for build in builds:
         whole, resumed = (Run(build(), Blobs(901), config=config, proxy_model=make_net(3)) for _ in range(2))
         whole.go(keep=True)
         results.append((whole.outcome(), resumed.load(whole.states[9]).go().outcome()))
