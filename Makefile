@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: install demo test lint types format docs clean
 
@@ -16,9 +16,10 @@ $(RUNNABLE): pyproject.toml constraints.txt
 	$(PIP) --editable ".[all]"
 	touch $@
 
-$(INSTALLED): $(RUNNABLE)
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[dev]"
-	touch $@
+	touch $(RUNNABLE) $@
 
 # Full training, random data and CREST at a tenth of the steps; runs that are there are not run again. The net is
 # tiny: a second thread would not make it faster, and on a busy machine the two would wait for each other.

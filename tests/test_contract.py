@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 from dataclasses import asdict
@@ -182,10 +183,16 @@ class TestStreams:
         assert collect(spoil=True) == collect(spoil=False)
 
 
+@functools.cache
+def undisturbed(make_loader: MakeLoader) -> Job:
+    """Train through both passes, once for all tests that only look at it."""
+    return Job(make_loader, Blobs()).run(TOTAL)
+
+
 class TestResume:
     @pytest.mark.parametrize("step", [0, 1, 6, 7, 13, 19, 20, 21, 34, 39])
     def test_resume_anywhere_is_the_same_run(self, make_loader: MakeLoader, blobs: Blobs, step: int) -> None:
-        whole = Job(make_loader, blobs).run(TOTAL)
+        whole = undisturbed(make_loader)
         saved = Job(make_loader, blobs).run(step).save()
         resumed = Job(make_loader, blobs).load(saved).run(TOTAL)
         assert resumed.trace[step:] == whole.trace[step:]

@@ -400,13 +400,20 @@ def test_ranks_share_a_stream(tmp_path: Path) -> None:
 # FSDP2 -----------------------------------------------------------------------------------------------------
 
 
+CURVATURES: dict[str, Any] = {
+    "signed": {"curvature": "signed"},
+    "first_order": {"curvature": "first_order"},
+    "finite_difference": {"curvature": "signed", "curvature_product": "finite_difference"},
+}
+
+
 def train_sharded(rank: int, size: int) -> Any:
     data = Blobs(901)
     mesh = init_device_mesh("cpu", (size,))
     runs = {}
-    for curvature in ("signed", "first_order"):
+    for curvature, own in CURVATURES.items():
         # DDP averages the norms of the ranks' curvatures, not the curvatures: so intervals may differ.
-        kw = {"config": replace(CONFIG, curvature=curvature, max_interval=1), "steps": 10}
+        kw = {"config": replace(CONFIG, max_interval=1, **own), "steps": 10}
         copied = Run(ddp(norm=False), data, **kw).go()
         sharded = Run(fsdp(mesh), data, **kw).go(keep=True)
         resumed = Run(fsdp(mesh), data, **kw).load(sharded.states[4]).go()
@@ -442,13 +449,13 @@ def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 
 class TestFSDP:
-    @pytest.mark.parametrize("curvature", ["signed", "first_order"])
+    @pytest.mark.parametrize("curvature", CURVATURES)
     def test_goes_as_ddp_does(self, trained_sharded: list[Any], curvature: str) -> None:
         for runs, _, _ in trained_sharded:
             copied, sharded, _ = runs[curvature]
             assert_close(copied, sharded)
 
-    @pytest.mark.parametrize("curvature", ["signed", "first_order"])
+    @pytest.mark.parametrize("curvature", CURVATURES)
     def test_resumes_to_the_bit(self, trained_sharded: list[Any], curvature: str) -> None:
         for runs, _, _ in trained_sharded:
             _, sharded, resumed = runs[curvature]
@@ -462,6 +469,26 @@ class TestFSDP:
     def test_another_mesh_is_refused(self, trained_sharded: list[Any]) -> None:
         for _, _, refusal in trained_sharded:
             assert "model must be sharded over the 2 processes of process_group, got 'a mesh of 1'" in refusal
+
+
+def train_with_a_proxy(rank: int, size: int) -> Any:
+    config = replace(CONFIG, proxy_source="model", renew=4, max_overhead=1.0, overhead_in="counted")
+    results = []
+    builds: list[Callable[[], nn.Module]] = [ddp, lambda: fsdp(init_device_mesh("cpu", (size,)))]
+    for build in builds:
+        whole, resumed = (Run(build(), Blobs(901), config=config, proxy_model=make_net(3)) for _ in range(2))
+        whole.go(keep=True)
+        results.append((whole.outcome(), resumed.load(whole.states[9]).go().outcome()))
+    return results
+
+
+def test_each_rank_has_a_proxy_model_of_its_own(tmp_path: Path) -> None:
+    ranks = launch(train_with_a_proxy, 2, tmp_path)
+    for (zero, resumed), (one, _) in zip(*ranks, strict=True):
+        assert zero["history"] == one["history"]
+        assert same(zero["parameters"], one["parameters"])
+        assert zero["trace"][10:] == resumed["trace"]
+        assert same(zero["parameters"], resumed["parameters"])
 
 
 # One fate --------------------------------------------------------------------------------------------------

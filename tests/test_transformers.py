@@ -441,14 +441,22 @@ class ByHand:
     """The loop of the README, with an optimizer step every so many batches and at the end of each 15."""
 
     def __init__(
-        self, task: str, model: Any = None, crest: CrestConfig = CONFIG, every: int = 1, steps: int = 30, seed: int = 42
+        self,
+        task: str,
+        model: Any = None,
+        crest: CrestConfig = CONFIG,
+        every: int = 1,
+        steps: int = 30,
+        seed: int = 42,
+        data: Any = None,
     ) -> None:
         build, name, objective = TASKS[task]
         self.model = build() if model is None else model
         if hasattr(self.model, "config"):
             self.model.config.use_cache = False  # as the Trainer sets it
         torch.manual_seed(seed)
-        loader = Crest(self.model, examples(name), crest, steps=steps, seed=seed, objective=objective, collate_fn=pad)
+        data = examples(name) if data is None else data
+        loader = Crest(self.model, data, crest, steps=steps, seed=seed, objective=objective, collate_fn=pad)
         optimizer, scheduler = optimizers(self.model)
         self.trace: Trace = []
         self.losses: list[float] = []
@@ -534,6 +542,23 @@ class TestSameAsByHand:
     def test_workers(self, tmp_path: Path) -> None:
         trainer, hand = trained(tmp_path, dataloader_num_workers=2), ByHand("classes")
         assert_same_run(trainer, hand)
+
+    def test_a_stream(self, tmp_path: Path) -> None:
+        """Of more columns than the model takes, which ends and starts over; and a resumed run of it."""
+
+        def stream() -> Any:
+            return Dataset.from_list(examples("classes")).to_iterable_dataset()
+
+        columns = [{**row, "idx": i} for i, row in enumerate(examples("classes"))]
+        wide = Dataset.from_list(columns).to_iterable_dataset()
+        trainer = trained(tmp_path, train_dataset=wide, max_steps=30, save_steps=12, save_strategy="steps")
+        hand = ByHand("classes", data=stream())
+        assert_same_run(trainer, hand)
+        assert max(i for indices, _ in trainer.trace for i in indices) >= 60, "running numbers over all passes"
+        resumed = make(tmp_path, train_dataset=stream(), max_steps=30, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+        assert resumed.trace == hand.trace[12:]
+        assert same(parameters_of(resumed.model), parameters_of(hand.model))
 
     def test_random_batches_between(self, tmp_path: Path) -> None:
         trainer, hand = trained(tmp_path, crest=BOUNDED), ByHand("classes", crest=BOUNDED)

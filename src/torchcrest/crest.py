@@ -64,7 +64,8 @@ class Crest(Passes):
             ``(outputs, batch) -> losses [n]``; or any :class:`torchcrest.Objective`.
         last_layer: the layer that ``proxy="last_layer"`` compares; None: the last linear layer that runs.
         proxy_model: what ``proxy_source="model"`` measures: a small model for the same batches and losses. It is
-            trained here, on the batches that are handed out, in the mode that it is in.
+            trained here, on the batches that are handed out, in the mode that it is in, for at most half of what
+            the bound allows. Where several processes train together, each has its own.
         proxy_optimizer: of the proxy model's parameters; None: SGD at a rate of 0.1 with momentum 0.9.
         num_workers: processes that read pools ahead; as in :class:`torch.utils.data.DataLoader`, like all
             that follow. Only pools are read in them, so the stream is the same for any number.

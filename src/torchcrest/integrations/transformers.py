@@ -19,6 +19,7 @@ from torchcrest.crest import Crest
 from torchcrest.errors import CheckpointError, ConfigError, DataError, must
 from torchcrest.feed import examples_in
 from torchcrest.objectives import Classification, Objective, Regression, as_objective, split_target
+from torchcrest.streaming import is_stream
 from torchcrest.tokens import CausalLM, TokenClassification
 from torchcrest.train.files import replacing
 from torchcrest.types import WeightedBatch
@@ -75,7 +76,7 @@ class CrestMixin(_Base):
         So the Trainer counts steps, epochs and batches to skip as ever, and whoever reads ahead gets tickets only.
         """
         dataset, collate = self.train_dataset, self.data_collator
-        if hasattr(dataset, "remove_columns"):
+        if hasattr(dataset, "remove_columns") and not is_stream(dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
@@ -186,7 +187,10 @@ class CrestMixin(_Base):
 
     def _pass(self) -> int:
         """Count the batches of an epoch on each process, as the Trainer's own loader would."""
-        args, examples = self.args, examples_in(self.train_dataset, "train_dataset")
+        args = self.args
+        if is_stream(self.train_dataset):  # has no epochs; the Trainer insists on max_steps
+            return max(1, args.max_steps * args.gradient_accumulation_steps)
+        examples = examples_in(self.train_dataset, "train_dataset")
         around = math.floor if args.dataloader_drop_last else math.ceil
         return max(1, int(around(around(examples / args.per_device_train_batch_size) / args.world_size)))
 
@@ -207,7 +211,8 @@ class CrestMixin(_Base):
 class CrestTrainer(CrestMixin, Trainer):
     """Hugging Face's Trainer, on mini-batch coresets: the same arguments and two more.
 
-    Data sets are map-style, collate functions any. Each batch of ``per_device_train_batch_size`` examples is a
+    Data sets are map-style, or streams, read as :class:`torchcrest.Crest` reads them (give ``max_steps``); collate
+    functions any. Each batch of ``per_device_train_batch_size`` examples is a
     coreset; pools are collated as a whole, and a coreset is cut down to its own longest example. An epoch has as
     many optimizer steps as ever: CREST is for training in fewer of them, so set ``max_steps`` or
     ``num_train_epochs`` to what you can pay for. An optimizer step's loss is the mean over its batches of the
