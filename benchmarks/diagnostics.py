@@ -15,7 +15,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ CONFIGS = {
     for times in (2, 4, 8)
     for power in (1.0, 0.5, 0.0)
 }
+KEYS = ("bias", "deviation", "error", "effective_batch_size", "bias_to_norm", "random_to_norm")
 
 
 class Part:
@@ -68,8 +69,13 @@ def training(model: nn.Module, crest: Crest, rate: float) -> Iterator[int]:
 
 
 def told(quality: GradientQuality) -> dict[str, Any]:
-    """Return the figures, and the root of the mean squared error, relative to the gradient's norm."""
-    return quality.to_dict() | {"error": quality.relative(max(quality.bias_square, 0) + quality.variance)}
+    """Return the figures, bias and deviation and the root of the mean squared error relative to a random batch's."""
+    values, unit = quality.to_dict(), quality.random_variance**0.5
+    error = (max(quality.bias_square, 0) + quality.variance) ** 0.5
+    relative = {"bias": values["bias"] / unit, "deviation": values["deviation"] / unit, "error": error / unit}
+    noise, bound = (quality.relative(each) for each in (quality.random_variance, quality.bias_square))
+    sizes = {"effective_batch_size": values["effective_batch_size"], "random_to_norm": noise, "bias_to_norm": bound}
+    return {**asdict(quality), **relative, **sizes}
 
 
 def spearman(left: list[float], right: list[float]) -> float:
@@ -135,6 +141,7 @@ def main() -> None:
             file.flush()
 
         pairs = []
+        cost(task, args.model, CrestConfig(batch_size=M), 10, 0, args.rate)  # the first run pays for a cold machine
         for pair in range(args.pairs):
             both = {}
             for on in (False, True) if pair % 2 else (True, False):
@@ -146,9 +153,8 @@ def main() -> None:
                     pairs.append((share, 0.0))
             pairs[-1] = (pairs[-1][0], both[True] / both[False] - 1)
             print(f"pair {pair}: with {both[True]:.2f} s, without {both[False]:.2f} s", flush=True)
-        for words, values in zip(
-            ("share of the diagnostics", "with / without - 1"), zip(*pairs, strict=True), strict=True
-        ):
+        names = ("share of the diagnostics", "with / without - 1")
+        for words, values in zip(names, zip(*pairs, strict=True), strict=True):
             print(f"{words}: median {median(values):.2%} ({min(values):.2%} to {max(values):.2%})", flush=True)
 
         model = task.build(args.model, 0)
@@ -162,25 +168,24 @@ def main() -> None:
             found = gradient_qualities(
                 model, data, CONFIGS, draws=args.draws, collate_fn=task.train.collate, chunk=M, seed=step
             )
-            live = [event for event in crest.history if event["event"] == "quality"][-1:]
-            print(f"\nstep {step}, {time.perf_counter() - start:.0f} s; live: {live}\n", flush=True)
-            print("| variant | bias | deviation | error | effective batch | proxies: bias | deviation | error | eff. |")
-            print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+            live = next((event for event in reversed(crest.history) if event["event"] == "quality"), None)
+            write(step=step, live=live)
+            print(f"\nstep {step}, {time.perf_counter() - start:.0f} s; live: {live}\n")
+            print(f"| variant | {' | '.join(KEYS)} | proxies: {' | '.join(KEYS)} |")
+            print(f"| --- | {'---: | ' * 2 * len(KEYS)}")
             table = {name: tuple(map(told, both)) for name, both in found.items()}
-            random = (
-                told(replace(each, bias_square=0.0, variance=each.random_variance))
-                for each in next(iter(found.values()))
-            )
-            for name, both in ({"random": tuple(random)} | table).items():
+            for name, both in table.items():
                 write(step=step, variant=name, draws=args.draws, whole=both[0], proxies=both[1])
-                keys = ("bias", "deviation", "error", "effective_batch_size")
-                cells = [f"{each[key] or 0:.{0 if 'size' in key else 2}f}" for each in both for key in keys]
+                cells = [_written(each[key], key) for each in both for key in KEYS]
                 print(f"| {name} | {' | '.join(cells)} |")
-            for key in ("bias", "deviation", "error", "effective_batch_size"):
-                columns = [[each[k][key] or 0.0 for each in table.values()] for k in (0, 1)]
-                rank = spearman(*columns)
+            for key in KEYS[:4]:
+                rank = spearman(*([each[k][key] for each in table.values()] for k in (0, 1)))
                 write(step=step, rank_correlation=key, value=rank)
                 print(f"Spearman, {key}: {rank:.2f}", flush=True)
+
+
+def _written(value: float | None, key: str) -> str:
+    return "" if value is None else f"{value:.{0 if 'size' in key else 2}f}"
 
 
 if __name__ == "__main__":

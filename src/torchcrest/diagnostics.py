@@ -77,19 +77,23 @@ class GradientQuality:
 
     def relative(self, square: float) -> float | None:
         """Return the root of a square, or of a variance, relative to the gradient's norm; None where that is 0."""
-        return math.sqrt(max(square, 0.0) / self.gradient_square) if self.gradient_square > 0 else None
+        return _root(square) / _root(self.gradient_square) if self.gradient_square > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is told of it: bias and standard deviations, relative to the gradient's norm, and the rest."""
+        """Return roots, in the gradients' own unit, where an estimate below 0 is 0, and what follows from them."""
         return {
-            "gradient_norm": math.sqrt(max(self.gradient_square, 0.0)),
-            "bias": self.relative(self.bias_square),
-            "deviation": self.relative(self.variance),
-            "random_deviation": self.relative(self.random_variance),
-            "pool_deviation": self.relative(self.pool_variance),
+            "gradient_norm": _root(self.gradient_square),
+            "bias": _root(self.bias_square),
+            "deviation": _root(self.variance),
+            "random_deviation": _root(self.random_variance),
+            "pool_deviation": _root(self.pool_variance),
             "effective_batch_size": self.effective_batch_size,
             "bounded": self.bounded,
         }
+
+
+def _root(square: float) -> float:
+    return math.sqrt(max(square, 0.0))
 
 
 # Estimates from proxy gradients ---------------------------------------------------------------------------------
