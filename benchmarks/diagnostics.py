@@ -5,7 +5,7 @@ gradients and by proxies, on the same pools, for pools of 2, 4 and 8 batches and
 stands beside them. The correlation is Spearman's, over the ways to pick. Then runs with and without the diagnostics,
 in pairs, in CPU seconds, and the share of the diagnostics themselves.
 
-    python benchmarks/diagnostics.py npz:glyphs62.npz --model cnn --out benchmarks/diagnostics-glyphs62.jsonl
+    python benchmarks/diagnostics.py npz:glyphs62.npz --draws 16 --out benchmarks/diagnostics-glyphs62-cnn.jsonl
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def told(quality: GradientQuality) -> dict[str, Any]:
 
 def spearman(left: list[float], right: list[float]) -> float:
     """Correlate the ranks."""
-    ranks = [np.argsort(np.argsort(values)) for values in (left, right)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)) for values in (left, right))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def cost(task: Any, model: str, config: CrestConfig, steps: int, seed: int, rate: float) -> tuple[float, float]:
@@ -174,9 +174,9 @@ def main() -> None:
             print(f"| variant | {' | '.join(KEYS)} | proxies: {' | '.join(KEYS)} |")
             print(f"| --- | {'---: | ' * 2 * len(KEYS)}")
             table = {name: tuple(map(told, both)) for name, both in found.items()}
-            for name, both in table.items():
-                write(step=step, variant=name, draws=args.draws, whole=both[0], proxies=both[1])
-                cells = [_written(each[key], key) for each in both for key in KEYS]
+            for name, (whole, proxies) in table.items():
+                write(step=step, variant=name, draws=args.draws, whole=whole, proxies=proxies)
+                cells = [_written(each[key], key) for each in (whole, proxies) for key in KEYS]
                 print(f"| {name} | {' | '.join(cells)} |")
             for key in KEYS[:4]:
                 rank = spearman(*([each[k][key] for each in table.values()] for k in (0, 1)))

@@ -73,7 +73,7 @@ class GradientQuality:
     @property
     def bounded(self) -> bool:
         """Whether the bias is at most a third of the gradient's norm, as the theory asks."""
-        return self.bias_square <= TOLERATED**2 * self.gradient_square
+        return max(self.bias_square, 0.0) <= TOLERATED**2 * self.gradient_square
 
     def relative(self, square: float) -> float | None:
         """Return the root of a square, or of a variance, relative to the gradient's norm; None where that is 0."""

@@ -280,46 +280,47 @@ def quality(run: Finished, label: str) -> Picture | None:
     Returns:
         The figure; None where the run has no estimates.
     """
-    told = [e for e in run.events if e["event"] == "quality" and e["bias"] is not None]
+    told = [e for e in run.events if e["event"] == "quality" and e["random_deviation"] > 0]
     if not told:
         return None
-    steps = [e["step"] for e in told]
+    steps, unit = [e["step"] for e in told], np.array([e["random_deviation"] for e in told])
     size, pool = run.config["batch_size"], run.config["crest"]["pool_size"]
-    lines = {
-        "random_deviation": (f"random {size}", "m-random", "-", 2.4),
-        "pool_deviation": (f"random {pool}", "m-random", (0, (4, 2)), 1.6),
-        "deviation": ("coreset", "m-crest", "-", 2.4),
-        "bias": ("its bias", "m-crest", (0, (1, 1.5)), 2.0),
-    }
-    mean = {name: statistics.fmean(e[name] for e in told) for name in lines}
+    lines: list[tuple[str, str, Any, float, Any]] = [
+        (f"random {size}", "random", "-", 1.6, np.ones(len(told))),
+        (f"random {pool}", "random", (0, (4, 2)), 1.6, np.array([e["pool_deviation"] for e in told]) / unit),
+        ("coreset", "crest", "-", 2.4, np.array([e["deviation"] for e in told]) / unit),
+        ("its bias", "crest", (0, (1, 1.5)), 2.0, np.array([e["bias"] for e in told]) / unit),
+        ("gradient / 3", "full", (0, (4, 3)), 1.2, np.array([e["gradient_norm"] for e in told]) / unit / 3),
+    ]
     with drawing(f"quality-{label}"):
-        figure, axes = axes_of(290, left=34, right=26 + LETTER * max(len(words) for words, *_ in lines.values()))
-        highest = max(statistics.quantiles([e[name] for e in told], n=50)[-1] for name in lines) if told[1:] else 1.0
-        axes.set(xlim=(0, run.summary["steps"]), ylim=(0, 1.1 * highest), xlabel="optimizer steps")
-        axes.axhline(1 / 3, color=INKS["ink"], lw=1.2, ls=(0, (4, 3)), zorder=2)
-        for key, (_, ink, dashes, width) in lines.items():
-            axes.plot(steps, [e[key] for e in told], color=INKS[ink], ls=dashes, lw=width, zorder=3)
-        axes.set_title("relative to the gradient's norm")
+        figure, axes = axes_of(290, left=34, right=26 + LETTER * max(len(words) for words, *_ in lines))
+        highest = max(1.0, *(float(np.quantile(y, 0.98)) for *_, y in lines[2:4]))
+        axes.set(xlim=(0, run.summary["steps"]), ylim=(0, 1.15 * highest), xlabel="optimizer steps")
+        for _, method, dashes, width, y in lines:
+            axes.plot(steps, y, color=INKS[f"m-{method}"], ls=dashes, lw=width, zorder=3)
+        axes.set_title(f"relative to a random {size}'s standard deviation")
         scale(axes.xaxis, whole=True)
         scale(axes.yaxis)
-        ends = [(ink.removeprefix("m-"), words, steps[-1], told[-1][key]) for key, (words, ink, *_) in lines.items()]
+        ends = [(method, words, steps[-1], min(float(y[-1]), 1.15 * highest)) for words, method, *_, y in lines]
         name(figure, axes, ends)
-        said = [f"{words} {mean[key]:.2f}" for key, (words, *_) in lines.items()]
         title = f"Gradients of {label}"
-        svg = svg_of(figure, title, f"Bias and standard deviation, means over training: {'; '.join(said)}.")
+        means = "; ".join(f"{words} {y.mean():.2f}" for words, *_, y in lines)
+        svg = svg_of(figure, title, f"Standard deviations, and the bias, means over training: {means}.")
     bounded = 100 * statistics.fmean(e["bounded"] for e in told)
-    caption = (
-        f"Seed {run.summary['seed']}, by proxy gradients. Solid: standard deviation of a batch's gradient; dotted: a "
-        f"coreset's bias, which the theory wants below a third (dashed line): {bounded:.0f} % of the time."
-    )
-    over = 100 * statistics.fmean(e["bias"] > 1 for e in told)
-    caption += f" {over:.0f} % of the time it is above 1, where nothing is guaranteed." if over else ""
-    worth = {key: run.summary.get(key) for key in ("effective_batch_size", "pay_off")}
-    if worth["effective_batch_size"]:
-        caption += f" A coreset has the variance of {worth['effective_batch_size']:.0f} random examples"
-        caption += f", {worth['pay_off']:.2f} times what its cost would buy." if worth["pay_off"] else "."
-        caption += " That counts where noise limits progress, which early in training it does not."
-    return Picture(svg, title, caption)
+    over = 100 * statistics.fmean(e["bias"] > e["gradient_norm"] for e in told)
+    said = [
+        f"Seed {run.summary['seed']}, by proxy gradients: standard deviations of batches' gradients, and the bias of "
+        f"coresets. It is below a third of the gradient's norm, as the theory wants it, {bounded:.0f} % of the time"
+        + (f", and above the norm, where nothing is guaranteed, {over:.0f} %." if over else ".")
+    ]
+    worth, pay_off = run.summary.get("effective_batch_size"), run.summary.get("pay_off")
+    if worth:
+        said.append(f"A coreset of {size} has the noise of {worth:.0f} random examples.")
+    if pay_off:
+        less = "more" if pay_off > 1 else "less"
+        said.append(f"That is {pay_off:.2f} times what its cost buys of them, {less} than random batches would give.")
+        said.append("It counts where noise limits progress, not early on, where the size of steps does.")
+    return Picture(svg, title, " ".join(said))
 
 
 def data_in_use(curves: Sequence[Curve]) -> Picture | None:
