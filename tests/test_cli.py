@@ -25,7 +25,9 @@ from rich.console import Console
 import torchcrest
 from conftest import Blobs, same
 from torchcrest import cli
+from torchcrest.errors import DataError
 from torchcrest.report import table
+from torchcrest.train import ablate
 from torchcrest.train import compare as comparing
 from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import CONFIGS
@@ -106,7 +108,7 @@ def test_tells_what_was_left_out_of_the_data(command: Command) -> None:
 # Bad input ---------------------------------------------------------------------------------------------------
 
 BAD = {
-    "": "train, compare, report, select",
+    "": "train, compare, ablate, report, select",
     "trian digits": "command must be one of .*Did you mean train",
     "train": "task",
     "train digitz": "task must be one of .*Did you mean digits",
@@ -161,6 +163,10 @@ BAD = {
     "compare npz:blobs.npz --processes 0": "processes must be at least 1, got 0",
     "compare npz:blobs.npz --processes 1.5": "processes must be a whole number, got '1.5'",
     "compare npz:blobs.npz --equal_time maybe": "equal_time must be true or false, got 'maybe'",
+    "ablate npz:blobs.npz --variants no-smothing": "variants must be some of .*Did you mean no-smoothing",
+    "ablate npz:blobs.npz --variants whole-last-layer --crest.proxy_source history": "whole-last-layer: .*Leave that",
+    "ablate npz:blobs.npz --budget 2": r"budget must be in \(0, 1\], got 2.0",
+    "ablate npz:blobs.npz --method random": "got '--method'",
     "report": "folder must be given",
     "report nothing": "nothing must be a folder of runs, got 'nothing there'",
     "report file": "file must be a folder of runs, got 'a file'",
@@ -227,6 +233,79 @@ def test_a_damaged_checkpoint_is_named_and_left_in_place(command: Command, conte
     assert Path("run/checkpoint.pt").read_bytes() == content
 
 
+# Ablations ---------------------------------------------------------------------------------------------------
+
+ABLATE = ["ablate", "npz:blobs.npz", *QUICK, "--crest.overhead_in=counted", "--seeds", "0", "1", "--out=parts"]
+
+
+def test_an_ablation_changes_one_part_at_a_time(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = command(*ABLATE, "--crest.weight_power=0.0", "--crest.exclude=true")
+    assert (result.status, result.err) == (0, "")
+    same_ = ("first-order", "uniform-weights")
+    assert f"Left out, for they are the settings as they are: {', '.join(same_)}." in result.out
+    names = ["crest", *(name for name in ablate.VARIANTS if name not in same_)]
+    assert sorted(path.name for path in Path("parts").iterdir()) == sorted(names)
+    accuracies: dict[str, list[float]] = {}
+    for name in names:
+        files = [RunFiles(Path("parts") / name / f"crest-0.5-s{seed}") for seed in (0, 1)]
+        base = RunFiles(Path("parts/crest/crest-0.5-s0")).read_config()["crest"]
+        changed = {key: value for key, value in files[0].read_config()["crest"].items() if value != base[key]}
+        assert changed == ({} if name == "crest" else ablate.VARIANTS[name])
+        accuracies[name] = [each.read_summary()["accuracy"] for each in files]
+    lines = {line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in names}
+    assert list(lines) == names
+    for name, line in lines.items():
+        errors = [100 * (1 - accuracy) for accuracy in accuracies[name]]
+        more = [100 * (b - a) for a, b in zip(accuracies[name], accuracies["crest"], strict=True)]
+        assert f" 2 {sum(errors) / 2:.2f} ± " in re.sub(" +", " ", line)
+        assert (f"{sum(more) / 2:+.2f} ± " in line) == (name != "crest")
+    before = {path: path.stat().st_mtime_ns for path in Path("parts").rglob("*")}
+    monkeypatch.setattr(comparing, "train", None)  # nothing is run twice
+    again = command(*ABLATE, "--crest.weight_power=0.0", "--crest.exclude=true")
+    assert again.out.splitlines()[-12:] == result.out.splitlines()[-12:]
+    assert {path: path.stat().st_mtime_ns for path in Path("parts").rglob("*")} == before
+
+
+def test_an_ablation_is_stopped_and_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*ABLATE, "--variants", "no-smoothing"]
+    assert command(*words, "--out=whole").status == 0
+    polls = iter([False] * 27 + [True])  # ten steps a run: in the third, the variant's first
+
+    @contextmanager
+    def requests(console: Console) -> Iterator[Callable[[], bool]]:
+        yield lambda: next(polls, False)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "stop_requests", requests)
+        stopped = command(*words)
+    assert stopped.status == 130
+    assert f"Go on with: torchcrest {shlex.join(words)}" in stopped.out
+    assert not Path("parts/no-smoothing/crest-0.5-s0/summary.json").exists()
+    assert command(*words).status == 0
+    for run in ("crest/crest-0.5-s1", "no-smoothing/crest-0.5-s0", "no-smoothing/crest-0.5-s1"):
+        assert same(final(f"parts/{run}"), final(f"whole/{run}")), run
+
+
+def test_runs_of_an_ablation_that_fail_are_named_and_the_others_shown(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = comparing.train
+
+    def fail(run: Any, *args: Any, **kw: Any) -> Any:
+        if run.crest.curvature == "unsmoothed":
+            raise DataError("the data is gone")
+        return made(run, *args, **kw)
+
+    monkeypatch.setattr(comparing, "train", fail)
+    result = command(*ABLATE, "--variants", "no-smoothing", "global-selection")
+    assert result.status == 2
+    assert "2 of 6 runs failed" in result.err
+    assert "no-smoothing/crest-0.5-s1: the data is gone" in result.err
+    assert "global-selection" in result.out
+    other = command(*ABLATE, "--crest.tolerance=0.3", "--variants", "no-exclusion")
+    assert re.search("tolerance in parts/crest/.* must be 0.3", other.err)
+
+
 # Configuration -----------------------------------------------------------------------------------------------
 
 
@@ -248,6 +327,8 @@ def test_help_and_version(command: Command) -> None:
     for option in ("--track", "--energy", "--crest.tolerance", "--glister.rounds", "--infobatch.prune"):
         assert option in texts["train"].out
         assert option in texts["compare"].out
+    for option in ("--variants", "--budget", "--seeds", "--out", "--processes", "--crest.tolerance"):
+        assert option in texts["ablate"].out
     for option in ("--format", "--targets", "--out"):
         assert option in texts["report"].out
     assert "--resume" not in texts["compare"].out
