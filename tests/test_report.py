@@ -25,7 +25,7 @@ from torchcrest import CraigConfig, InfoBatchConfig, cli
 from torchcrest.errors import ConfigError
 from torchcrest.report import report, table
 from torchcrest.report.canvas import LINE, MARKS, spread
-from torchcrest.report.figures import checks, late
+from torchcrest.report.figures import checks, late, quality
 from torchcrest.report.reproduce import compare_command, flat, train_command
 from torchcrest.report.table import columns, rows_of
 from torchcrest.train.collect import Finished, collect
@@ -140,7 +140,7 @@ def test_a_hostile_name_is_text(runs: Path) -> None:
 def test_figures_have_a_name_and_words_for_who_does_not_see_them(runs: Path) -> None:
     _, page = page_of(runs)
     figures = page.all("svg")
-    assert len(figures) == len(page.all("figure")) == 1 + 3 + 3
+    assert len(figures) == len(page.all("figure")) == 1 + 3 + 4
     said = [figure["aria-label"] or "" for figure in figures]
     assert len(set(said)) == len(said)
     (cell,) = (cell for cell in cells([run.summary for run in collect(runs).runs]) if cell.method == "crest")
@@ -189,10 +189,10 @@ def test_random_data_for_equal_time_is_told_apart(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("kept", "figures", "said", "unsaid"),
     [
-        (("crest-0.5-s0",), 3 + 3, ["has no random data", "add full to", "1 seed", "One seed shows no spread"], "±"),
+        (("crest-0.5-s0",), 3 + 4, ["has no random data", "add full to", "1 seed", "One seed shows no spread"], "±"),
         (("full", "random-0.5"), 3 + 1, ["CREST itself was not run", "full is the reference"], "add full"),
-        (("crest", "truncated"), 3 + 3, ["has no random data", "add full to"], "Short of full"),
-        (("crest", "random-0.5"), 1 + 3 + 3, ["add full to --methods"], "Short of full"),
+        (("crest", "truncated"), 3 + 4, ["has no random data", "add full to"], "Short of full"),
+        (("crest", "random-0.5"), 1 + 3 + 4, ["add full to --methods"], "Short of full"),
         (("craig", "infobatch-0.5-s1"), 3 + 2, ["CREST itself was not run"], "To random"),
         (("full",), 3 + 1, ["full is the reference"], "To random"),
     ],
@@ -250,6 +250,41 @@ def test_any_number_of_checks_can_be_drawn(runs: Path, rhos: list[float]) -> Non
     marks = picture.svg.count("<use")
     assert min(len(finite), 300) <= marks <= 500
     assert ("One mark stands for" in picture.caption) == (len(rhos) > 400)
+
+
+def told(step: int, **values: Any) -> dict[str, Any]:
+    """Make an event of a gradient of norm 0.3, of batches of 16 out of 48."""
+    event = {"event": "quality", "step": step, "gradient_norm": 0.3, "bias": 0.05, "deviation": 0.3, "bounded": True}
+    sizes = {"random_deviation": 0.4, "pool_deviation": 0.4 / 3**0.5, "effective_batch_size": 28.4}
+    return {**event, **sizes, "cost": 1.5, "pay_off": 1.2, **values}
+
+
+def test_the_quality_of_gradients_is_drawn(runs: Path) -> None:
+    (run, *_) = (run for run in collect(runs).runs if run.summary["method"] == "crest")
+    shown = [event for event in run.events if event["event"] == "quality"]
+    assert shown
+    assert run.summary["effective_batch_size"] > 0
+    assert (picture := quality(run, "crest")) is not None
+    assert f"has the noise of {run.summary['effective_batch_size']:.0f} random examples" in picture.caption
+
+    def drawn(*found: dict[str, Any], **summary: Any) -> Any:
+        return quality(replace(run, events=list(found), summary={**run.summary, "steps": 100, **summary}), "crest")
+
+    some = [told(1), told(50, bias=0.2, bounded=False), told(90, bias=0.4, bounded=False), told(99)]
+    picture = drawn(*some, effective_batch_size=28.4, pay_off=1.2)
+    assert picture is not None
+    assert "50 % of the time, and above the norm, where nothing is guaranteed, 25 %." in picture.caption
+    assert "noise of 28 random examples. That is 1.20 times" in picture.caption
+    assert "more than random batches" in picture.caption
+    assert "not early on" in picture.caption
+    assert "coreset 0.75; its bias 0.44; gradient / 3 0.25" in picture.svg
+    assert all(words in picture.svg for words in (">random 16<", ">random 48<", ">coreset<", ">its bias<"))
+    fewer = drawn(told(1, pay_off=None, cost=None), effective_batch_size=28.4, pay_off=0.0)
+    assert fewer is not None
+    assert "100 % of the time." in fewer.caption
+    assert "times" not in fewer.caption
+    assert drawn() is None
+    assert drawn(told(1, random_deviation=0.0)) is None
 
 
 def test_targets_are_told(runs: Path, tmp_path: Path) -> None:
