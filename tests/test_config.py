@@ -36,6 +36,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("learned_interval", [0.0, 1.1, NAN, "x", None], r"steps \(a whole number\) or a share in \(0, 1\]"),
     ("weight_power", [-1, NAN, INF], "a number of at least 0"),
     ("stratify", [1, "yes"], "True or False"),
+    ("diagnostics", [1, "yes"], "True or False"),
     ("proxy", ["logits"], "one of outputs, last_layer"),
     ("measure_mode", ["train"], "one of eval, batch_statistics"),
     ("measure_dtype", ["half", None], "one of model, float32, bfloat16, float16"),

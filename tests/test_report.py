@@ -279,7 +279,7 @@ def test_the_quality_of_gradients_is_drawn(runs: Path) -> None:
     assert "not early on" in picture.caption
     assert "coreset 0.75; its bias 0.44; gradient / 3 0.25" in picture.svg
     assert all(words in picture.svg for words in (">random 16<", ">random 48<", ">coreset<", ">its bias<"))
-    fewer = drawn(told(1, pay_off=None, cost=None), effective_batch_size=28.4, pay_off=0.0)
+    fewer = drawn(told(1), effective_batch_size=28.4, pay_off=0.0)
     assert fewer is not None
     assert "100 % of the time." in fewer.caption
     assert "times" not in fewer.caption

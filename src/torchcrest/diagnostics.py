@@ -38,7 +38,9 @@ __all__ = [
     "means_of",
 ]
 
-DECAY = 0.9  # of what a group of pools counts for when the next one comes
+# What is left of a group's weight when the next one comes: in the gradient's square, in the ratios of bias and variance
+# to the variance of single examples, and in that.
+MEMORY = (0.5, 0.9, 0.9, 0.5)
 MEANS = ("effective_batch_size", "pay_off", "bounded")  # of which the run's stats keep means over training
 TOLERATED = 1 / 3  # bias, relative to the gradient's norm
 
@@ -151,9 +153,11 @@ def estimates(means: Tensor, square: Tensor, pool_size: int) -> Tensor:
 class Gauge:
     """Running estimates of the quality of coresets in training, from the proxy gradients that are there anyway.
 
-    Groups of pools that are measured at the same parameters count by their degrees of freedom, and 0.9 of that when
-    the next group comes. A random batch is drawn from all data, so its variance is S^2 / m without a correction for
-    finite pools.
+    Groups of pools that are measured at the same parameters count by their degrees of freedom, and less whenever the
+    next group comes. The scale of gradients can fall tenfold within some steps, as when the learning rate drops, so
+    it is taken from the last few groups; bias and variance relative to the variance of single examples change slowly
+    and are noisy, so they are means over more. A random batch is drawn from all data, so its variance is S^2 / m
+    without a correction for finite pools.
 
     Args:
         config: says how large coresets and pools are.
@@ -161,8 +165,7 @@ class Gauge:
 
     def __init__(self, config: CrestConfig) -> None:
         self._m, self._r = config.batch_size, config.pool_size
-        self._sums = [0.0] * 4
-        self._weight = 0.0
+        self._sums, self._weights = [0.0] * 4, [0.0] * 4
         self._unread: list[tuple[int, Tensor]] = []
         self._told: dict[str, int] = {}
 
@@ -176,18 +179,27 @@ class Gauge:
         if not self._unread:
             return
         table = torch.stack([values for _, values in self._unread]).tolist()
-        for (freedom, _), values in zip(self._unread, table, strict=True):
-            if all(map(math.isfinite, values)):  # losses are refused elsewhere; what overflows here is no estimate
-                self._sums = [DECAY * total + freedom * value for total, value in zip(self._sums, values, strict=True)]
-                self._weight = DECAY * self._weight + freedom
+        for (freedom, _), (gradient, bias, variance, single) in zip(self._unread, table, strict=True):
+            if not 0 < single < math.inf:  # losses are refused elsewhere; where gradients overflow or vanish, skip
+                continue
+            values = (gradient, bias / single, variance / single, single)
+            for k, (value, memory) in enumerate(zip(values, MEMORY, strict=True)):
+                self._sums[k] = memory * self._sums[k] + freedom * value
+                self._weights[k] = memory * self._weights[k] + freedom
         self._unread.clear()
 
     def numbers(self) -> list[float]:
         """Return the four estimates, as :func:`estimates` does; zeros before there are any."""
-        return [total / self._weight if self._weight else 0.0 for total in self._sums]
+        if not self._weights[0]:
+            return [0.0] * 4
+        means = [total / weight for total, weight in zip(self._sums, self._weights, strict=True)]
+        gradient, bias, variance, single = means
+        return [gradient, bias * single, variance * single, single]
 
     def tell(self, numbers: Sequence[float], stats: Stats) -> dict[str, Any] | None:
         """Return what the history is told, and enter it into the means over training; None before there is anything.
+
+        What is not known is left out.
 
         The pay-off is the effective batch size, in batches, for each plain step that a step on a coreset costs.
         Above 1, selection is worth its time where the noise of gradients limits progress. It does not tell whether
@@ -198,27 +210,27 @@ class Gauge:
             numbers: the four estimates, and the cost of a step on a coreset in plain steps; 0 where it is not known.
             stats: of the run.
         """
-        if not self._weight:
+        if not self._weights[0]:
             return None
         gradient, bias, variance, single, cost = numbers
         quality = GradientQuality(self._m, self._r, gradient, bias, variance, single / self._m, single / self._r)
         size = quality.effective_batch_size
         pay_off = size / self._m / cost if size and cost else None
         values = quality.to_dict() | {"cost": cost or None, "pay_off": pay_off}
-        for name, value in values.items():
-            if name in MEANS and value is not None:
-                self._told[name] = self._told.get(name, 0) + 1
-                mean = getattr(stats, name)
-                setattr(stats, name, mean + (value - mean) / self._told[name])
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in values.keys() & set(MEANS):
+            self._told[name] = self._told.get(name, 0) + 1
+            mean = getattr(stats, name)
+            setattr(stats, name, mean + (values[name] - mean) / self._told[name])
         return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums."""
-        return {"sums": self._sums, "weight": self._weight, "told": dict(self._told)}
+        return {"sums": [*self._sums], "weights": [*self._weights], "told": dict(self._told)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the running sums."""
-        self._sums, self._weight = [float(total) for total in state["sums"]], float(state["weight"])
+        self._sums, self._weights = list(map(float, state["sums"])), list(map(float, state["weights"]))
         self._told = {name: int(count) for name, count in state["told"].items()}
 
 

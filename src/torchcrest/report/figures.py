@@ -298,7 +298,7 @@ def quality(run: Finished, label: str) -> Picture | None:
         axes.set(xlim=(0, run.summary["steps"]), ylim=(0, 1.15 * highest), xlabel="optimizer steps")
         for _, method, dashes, width, y in lines:
             axes.plot(steps, y, color=INKS[f"m-{method}"], ls=dashes, lw=width, zorder=3)
-        axes.set_title(f"relative to a random {size}'s standard deviation")
+        axes.set_title(f"noise of gradients, and bias; random {size} = 1")
         scale(axes.xaxis, whole=True)
         scale(axes.yaxis)
         ends = [(method, words, steps[-1], min(float(y[-1]), 1.15 * highest)) for words, method, *_, y in lines]
