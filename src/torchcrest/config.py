@@ -89,7 +89,8 @@ class CrestConfig:
         history_bytes: most memory for ``history``, which takes 2 bytes an output and 4 an example.
         resolution: side of the inputs that ``resolution`` measures, as a share of what it is.
         diagnostics: keep running estimates of the bias and variance of coresets' gradients, from the proxy gradients
-            that are there anyway: the history's ``quality`` events. It costs next to nothing (benchmarks).
+            that are there anyway: the history's ``quality`` events. It costs next to nothing (benchmarks). The events'
+            ``cost`` and ``pay_off`` are in the unit of ``overhead_in``; seconds are never the same again.
 
     Raises:
         ConfigError: any setting is out of range; all problems are listed at once.

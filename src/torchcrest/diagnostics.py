@@ -210,9 +210,9 @@ class Gauge:
             numbers: the four estimates, and the cost of a step on a coreset in plain steps; 0 where it is not known.
             stats: of the run.
         """
-        if not self._weights[0]:
-            return None
         gradient, bias, variance, single, cost = numbers
+        if single <= 0:  # of the mean over ranks, so that all of them tell, or none
+            return None
         quality = GradientQuality(self._m, self._r, gradient, bias, variance, single / self._m, single / self._r)
         size = quality.effective_batch_size
         pay_off = size / self._m / cost if size and cost else None
