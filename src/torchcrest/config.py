@@ -88,6 +88,9 @@ class CrestConfig:
             float up to 1).
         history_bytes: most memory for ``history``, which takes 2 bytes an output and 4 an example.
         resolution: side of the inputs that ``resolution`` measures, as a share of what it is.
+        difficulty: keep a record of each example, :class:`torchcrest.Difficulty`: forgetting events, how often it
+            was picked, when it was set aside. It is made of what is measured and observed anyway, takes 11 bytes
+            an example, in the state too, and changes no batch.
 
     Raises:
         ConfigError: any setting is out of range; all problems are listed at once.
@@ -127,6 +130,7 @@ class CrestConfig:
     history_age: int | float = 0.2
     history_bytes: int = 2**30
     resolution: float = 0.5
+    difficulty: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, naming all of them."""
@@ -179,6 +183,7 @@ class CrestConfig:
         checks.whole("history_bytes", 1, "2**30 is a gibibyte.")
         if checks.above_zero("resolution", "0.5 measures a quarter of an image's pixels."):
             checks.that("resolution", self.resolution <= 1, "be a share in (0, 1]", "0.5 measures half of each side.")
+        checks.flag("difficulty")
         checks.close()
 
     @classmethod
