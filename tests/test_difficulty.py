@@ -50,7 +50,7 @@ def contents(record: Difficulty) -> dict[str, Any]:
     state = record.state_dict()
     arrays = {name: tensor.numpy().tobytes() for name, tensor in state["arrays"].items()}
     log = state["log"] and {name: tensor.numpy().tobytes() for name, tensor in state["log"].items()}
-    return {**arrays, "exclusions": state["exclusions"], "log": log}
+    return {**arrays, "exclusions": state["exclusions"], "trained": state["trained"], "log": log}
 
 
 # The record by itself --------------------------------------------------------------------------------------------
@@ -153,6 +153,7 @@ class ByHand:
         self.losses: dict[int, list[float]] = defaultdict(list)
         self.pooled: dict[int, int] = defaultdict(int)
         self.picked: dict[int, int] = defaultdict(int)
+        self.trained: list[tuple[int, bool]] = []  # events so far, and whether the prediction was right
 
     def see(self, indices: Tensor, losses: Tensor, outputs: Tensor, labels: Tensor) -> None:
         for i, loss, output, label in zip(
@@ -168,6 +169,8 @@ class ByHand:
         losses = F.cross_entropy(outputs, y, reduction="none")
         loader.observe(losses, outputs)
         self.see(index, losses, outputs, y)
+        for i in index.tolist():
+            self.trained.append((sum(a and not b for a, b in pairwise(self.rights[i])), self.rights[i][-1]))
         (losses * batch.weights).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -181,6 +184,15 @@ class ByHand:
             if rights:
                 assert (record.learned[i], record.ever_learned[i]) == (rights[-1], any(rights))
                 assert record.loss[i] == np.float16(self.losses[i][-1])
+
+    def check_trained(self, record: Difficulty) -> None:
+        forgotten, rights = zip(*self.trained, strict=True)
+        found = record.trained()
+        assert found["trained_difficulty"] == sum(forgotten) / len(forgotten) > 0
+        assert found["trained_unlearned"] == rights.count(False) / len(rights)
+        assert found["mean_difficulty"] == record.forgotten.mean()
+        assert found["mean_unlearned"] == (~record.learned).mean()
+        assert record.trained()["trained_difficulty"] == 0, "nothing since the last time"
 
 
 @pytest.mark.parametrize("source", ["forward", "history"])
@@ -212,6 +224,7 @@ def test_crest_s_record_is_that_of_a_recorder_by_hand(monkeypatch: pytest.Monkey
         hand.step(model, optimizer, batch, crest)
     record = recorded(crest)
     hand.check(record, 300)
+    hand.check_trained(record)
     assert record.forgotten.sum() > 20
     gone = {event["step"]: event["excluded"] for event in events(crest, "exclude") if event["excluded"]}
     steps, counts = np.unique(record.excluded, return_counts=True)
@@ -228,6 +241,7 @@ def test_random_batches_are_recorded_as_they_are_observed(blobs: Blobs) -> None:
     for batch in loader:
         hand.step(model, optimizer, batch, loader)
     hand.check(recorded(loader), 300)
+    hand.check_trained(recorded(loader))
 
 
 def test_without_classes_a_low_loss_is_learned() -> None:

@@ -71,7 +71,9 @@ class Difficulty:
         self.log: dict[str, list[Array]] | None = None
         self._status: Array = np.zeros(examples, np.uint8)
         self._excluded: Array = np.zeros(examples, np.uint8)  # by which exclusion, from 1; the 255th and all later: 255
-        self._noted: list[tuple[int, Tensor, Tensor, Tensor]] = []  # step, indices, losses, learned: not waited for
+        self._trained = [0, 0, 0]  # observed in training since the last time: examples, events, not learned
+        # Step, indices, losses, learned, in training: not waited for.
+        self._noted: list[tuple[int, Tensor, Tensor, Tensor, bool]] = []
 
     @property
     def seen(self) -> Array:
@@ -104,6 +106,8 @@ class Difficulty:
         losses: Tensor,
         outputs: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        training: bool = False,
     ) -> None:
         """Take what was seen of examples; the device is not waited for.
 
@@ -113,11 +117,12 @@ class Difficulty:
             losses: ``[n]``.
             outputs: ``[n, ...]`` of the model, or None.
             labels: ``[n]`` classes, or None.
+            training: they are trained on in this step; else they were only measured.
         """
         learned = is_learned(losses, outputs, labels, self.learned_loss)
         # A copy, as what is the user's may be changed in place.
         low = losses.detach().clamp(-LARGEST, LARGEST).to(torch.float16, copy=True)
-        self._noted.append((step, indices, low, learned))
+        self._noted.append((step, indices, low, learned, training))
         if len(self._noted) == MOST_NOTED:
             self.enter()
 
@@ -130,9 +135,13 @@ class Difficulty:
         learned = torch.cat([each[3] for each in noted]).cpu().numpy()
         ends = np.cumsum([len(each[1]) for each in noted])[:-1]
         parts = zip(noted, np.split(losses, ends), np.split(learned, ends), strict=True)
-        for (step, indices, *_), loss, right in parts:
-            self._enter(indices.numpy(), loss, right)
-            self._keep("seen", step, indices.numpy(), loss=loss, learned=right)
+        for (step, indices, _, _, training), loss, right in parts:
+            rows = indices.numpy()
+            self._enter(rows, loss, right)
+            if training:
+                more = len(rows), int(self.forgotten[rows].sum(dtype=np.int64)), int((~right).sum())
+                self._trained = [a + b for a, b in zip(self._trained, more, strict=True)]
+            self.keep("seen", step, rows, loss=loss, learned=right)
 
     def _enter(self, rows: Array, losses: Array, learned: Array) -> None:
         status, forgotten = self._status[rows], self.forgotten[rows]
@@ -160,7 +169,7 @@ class Difficulty:
         if self.log is not None:
             given = np.zeros(len(indices), np.float32)
             given[chosen] = weights.detach().float().cpu().numpy()
-            self._keep("pooled", step, indices, weight=given)
+            self.keep("pooled", step, indices, weight=given)
 
     def exclude(self, step: int, active: Tensor) -> None:
         """Note what was set aside at a step: all that is not ``active`` ``[N]`` and was not set aside before."""
@@ -169,7 +178,31 @@ class Difficulty:
         self.exclusions.append(step)
         self._excluded[gone] = min(len(self.exclusions), 255)
 
-    def _keep(self, table: str, step: int, indices: Array, **columns: Array) -> None:
+    def trained(self) -> dict[str, float]:
+        """Return how hard what was observed in training since the last call was. Waits for the device.
+
+        Returns:
+            ``trained_difficulty``, the mean forgetting events so far of the examples; ``trained_unlearned``, the share
+            that was not learned when it was trained on; and ``mean_difficulty``, ``mean_unlearned`` over all examples.
+        """
+        self.enter()
+        (count, events, unlearned), self._trained = self._trained, [0, 0, 0]
+        return {
+            "trained_difficulty": events / max(count, 1),
+            "trained_unlearned": unlearned / max(count, 1),
+            "mean_difficulty": float(self.forgotten.mean()),
+            "mean_unlearned": float((~self.learned).mean()),
+        }
+
+    def keep(self, table: str, step: int, indices: Array, **columns: Array) -> None:
+        """Add rows to a table of the log, if one is kept.
+
+        Args:
+            table: its name.
+            step: steps taken.
+            indices: ``[n]`` positions in the data set.
+            columns: ``[n]`` what else is known of them.
+        """
         if self.log is not None:
             steps = np.full(len(indices), step, np.int32)
             for name, values in {"step": steps, "index": indices, **columns}.items():
@@ -183,7 +216,7 @@ class Difficulty:
             self.log = {name: [np.concatenate(parts)] for name, parts in self.log.items()}
             log = {name: torch.from_numpy(whole.copy()) for name, (whole,) in self.log.items()}
         arrays = {name: torch.from_numpy(array.copy()) for name, array in self._arrays().items()}
-        return {"arrays": arrays, "exclusions": list(self.exclusions), "log": log}
+        return {"arrays": arrays, "exclusions": list(self.exclusions), "trained": list(self._trained), "log": log}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore a record, in place.
@@ -198,6 +231,7 @@ class Difficulty:
         for name, array in self._arrays().items():
             array[:] = state["arrays"][name].numpy()
         self.exclusions = [int(step) for step in state["exclusions"]]
+        self._trained = [int(number) for number in state["trained"]]
         log = state["log"]
         self.log = None if log is None else {name: [tensor.numpy()] for name, tensor in log.items()}
 

@@ -101,7 +101,7 @@ class Passes(ABC):
             outputs: ``[batch_size, ...]`` of the model, likewise.
         """
         if self.difficulty:
-            self.difficulty.note(self._step, self.indices, losses, outputs, self._labels)
+            self.difficulty.note(self._step, self.indices, losses, outputs, self._labels, training=True)
 
     def close(self) -> None:
         """End the worker processes now and not when the loader is collected; the next batch starts new ones."""

@@ -378,7 +378,7 @@ class _Run:
             return []
         rows = self.recorder.sample_excluded(self.settings.seed, self.step)
         accuracy = self._forward(self.task.train, rows)[0] / len(rows) if rows else None
-        return [self.recorder.event(self.step, self.loader.stats.active, accuracy)]
+        return [self.recorder.event(self.step, accuracy)]
 
     def _save(self, *records: dict[str, Any]) -> None:
         """Write metrics lines and a checkpoint that knows of them."""

@@ -92,7 +92,6 @@ class Recorder:
         self._steps = steps
         self._weight: Array = np.zeros(examples, np.float32)
         self._parts: Array = np.zeros((PARTS, examples), np.uint16)
-        self._since = [0, 0.0, 0]  # examples trained on, their forgetting events, those not learned
 
     def trained(self, step: int, indices: Tensor, weights: Tensor) -> None:
         """Count a batch ``[m]`` that was trained on in a step, from 1. The device has been waited for."""
@@ -101,23 +100,15 @@ class Recorder:
         np.add.at(self._weight, rows, given)
         part = self._parts[(step - 1) * PARTS // self._steps]
         np.add.at(part, rows, part[rows] < 65535)
-        self._since[0] += len(rows)
-        self._since[1] += float(self.record.forgotten[rows].sum(dtype=np.int64))
-        self._since[2] += int((~self.record.learned[rows]).sum()) if len(rows) else 0
-        self.record._keep("trained", step, rows, weight=given)
+        self.record.keep("trained", step, rows, weight=given)
 
-    def event(self, step: int, active: int, excluded_accuracy: float | None) -> dict[str, Any]:
+    def event(self, step: int, excluded_accuracy: float | None) -> dict[str, Any]:
         """Return the metrics line on what was trained on since the last one."""
-        count, forgotten, unlearned = self._since
-        self._since = [0, 0.0, 0]
         return {
             "event": "difficulty",
             "step": step,
-            "trained_difficulty": forgotten / max(count, 1),
-            "mean_difficulty": float(self.record.forgotten.mean()),
-            "trained_unlearned": unlearned / max(count, 1),
-            "mean_unlearned": float((~self.record.learned).mean()),
-            "excluded": len(self._weight) - active if self.record.exclusions else 0,
+            **self.record.trained(),
+            "excluded": int((self.record.excluded >= 0).sum()),
             "excluded_accuracy": excluded_accuracy,
         }
 
@@ -130,12 +121,11 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the loader's own state."""
         weight, parts = torch.from_numpy(self._weight.copy()), torch.from_numpy(self._parts.copy())
-        return {"weight": weight, "parts": parts, "since": list(self._since)}
+        return {"weight": weight, "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
         self._weight[:], self._parts[:] = state["weight"].numpy(), state["parts"].numpy()
-        self._since = list(state["since"])
 
     def write(self, files: RunFiles, task: Task) -> None:
         """Write examples.npz, and picks.npz where a log was kept."""
