@@ -17,7 +17,7 @@ __all__ = ["Difficulty", "is_learned"]
 Array = NDArray[Any]
 
 MOST_NOTED = 64  # batches noted before the device is waited for
-FADING = 4  # observations that the mean loss goes back to, about
+MOST_SEEN = 63  # observations that are counted
 LARGEST = float(np.finfo(np.float16).max)
 LAST, EVER, ONCE = 1, 2, 4  # of a status: learned when last seen, learned at some time; the rest counts observations
 
@@ -55,7 +55,7 @@ class Difficulty:
         pooled: ``[N]`` how often a coreset was picked from a pool with it, uint16.
         picked: ``[N]`` how often it was in the coreset, uint16.
         loss: ``[N]`` loss when it was last seen, float16; NaN: never seen.
-        mean_loss: ``[N]`` mean loss, float16; of many observations the last ones count most.
+        mean_loss: ``[N]`` mean loss, float16; after 63 observations a new one counts for a 63rd.
         exclusions: steps at which examples were set aside.
         log: all that was noted, table by table, once :meth:`keep_log` was called.
     """
@@ -147,9 +147,9 @@ class Difficulty:
         status, forgotten = self._status[rows], self.forgotten[rows]
         lost = (status & LAST).astype(bool) & ~learned
         self.forgotten[rows] = forgotten + (lost & (forgotten < 255))
-        count = np.minimum(status // ONCE + 1, 63).astype(np.uint8)
+        count = np.minimum(status // ONCE + 1, MOST_SEEN).astype(np.uint8)
         before, new = self.mean_loss[rows].astype(np.float32), losses.astype(np.float32)
-        self.mean_loss[rows] = np.where(count == 1, new, before + (new - before) / np.minimum(count, FADING))
+        self.mean_loss[rows] = np.where(count == 1, new, before + (new - before) / count)
         self.loss[rows] = losses
         ever = (status & EVER).astype(bool) | learned
         self._status[rows] = count * ONCE + ever * np.uint8(EVER) + learned * np.uint8(LAST)
@@ -178,7 +178,7 @@ class Difficulty:
         self.exclusions.append(step)
         self._excluded[gone] = min(len(self.exclusions), 255)
 
-    def trained(self) -> dict[str, float]:
+    def trained_on(self) -> dict[str, float]:
         """Return how hard what was observed in training since the last call was. Waits for the device.
 
         Returns:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchcrest.config import steps_of
-from torchcrest.errors import ConfigError, must
+from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.train.collect import Finished, collect
 from torchcrest.train.files import blocked, replacing
 from torchcrest.train.scores import COLUMNS, Scores, read_log, read_scores, shown_of
@@ -156,11 +156,14 @@ def suspect_sheet(folder: Path, path: Path, count: int) -> None:
     _refuse_no_place("suspects", path)
     run, scores = _run(folder)
     rows = scores.suspects(count)
-    task = load(run.config["task"], data=run.config.get("data"), augment=False) if scores.pictures is not None else None
-    if task is None or len(task.train) != len(scores):
-        got = "others" if task is None else f"{len(task.train)} examples"
+    if scores.pictures is None:
         do = "Leave --suspects out: the list names them."
-        raise ConfigError(must("suspects", f"be of the {len(scores)} images that were trained on", got, do))
+        raise ConfigError(must("suspects", "be images", "texts" if scores.texts is not None else "vectors", do))
+    task = load(run.config["task"], data=run.config.get("data"), augment=False)
+    if len(task.train) != len(scores):
+        do = "They have changed: train again."
+        want = f"hold the {len(scores)} training examples of the run"
+        raise DataError(must(run.config["task"], want, len(task.train), do))
     pictures = shown_of(task, rows)["pictures"]
     _draw(pictures, [f"{row}: {label}" for row, label in zip(rows, scores["label"][rows], strict=True)], path)
 

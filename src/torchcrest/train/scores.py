@@ -30,10 +30,9 @@ SAMPLED = 1000  # excluded examples whose accuracy is measured
 SHOWN = 24  # examples at each end of a gallery
 SIDE = 64  # pixels of the pictures in it, at most
 SNIPPET = 160  # letters of the texts in it
-COLUMNS = (
-    *("label", "pooled", "picked", "trained", "weight", "forgotten", "seen", "learned", "ever_learned"),
-    *("loss", "mean_loss", "excluded"),
-)
+# Of the columns, what a torchcrest.Difficulty holds.
+RECORDED = ("pooled", "picked", "forgotten", "seen", "learned", "ever_learned", "loss", "mean_loss", "excluded")
+COLUMNS = ("label", "trained", "weight", *RECORDED)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Recorder:
         return {
             "event": "difficulty",
             "step": step,
-            **self.record.trained(),
+            **self.record.trained_on(),
             "excluded": int((self.record.excluded >= 0).sum()),
             "excluded_accuracy": excluded_accuracy,
         }
@@ -135,7 +134,7 @@ class Recorder:
             "label": labels_of(task),
             "trained": self._parts.sum(0, dtype=np.uint32),
             "weight": self._weight,
-            **{name: getattr(record, name) for name in COLUMNS if hasattr(record, name)},
+            **{name: getattr(record, name) for name in RECORDED},
         }
         scores = Scores(columns, self._parts, np.empty(0, np.int64), None, None)
         ends = scores.ends(SHOWN)
@@ -201,8 +200,9 @@ def _read(path: Path, what: str, names: set[str]) -> dict[str, Array] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        # Opened here, for where it is no archive numpy would leave it open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
         if missing := sorted(names - arrays.keys()):
             raise ValueError(f"no {missing[0]}")
     except Exception as error:  # a damaged archive can make anything of itself
