@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -285,15 +286,13 @@ def test_a_text_of_tokens_alone_is_their_numbers() -> None:
 
 
 def test_csv_and_parquet_hold_the_same(runs: Path, tmp_path: Path) -> None:
-    from pyarrow import parquet
-
     scores = read_scores(runs / "crest")
     assert scores is not None
     for name in ("scores.csv", "scores.parquet"):
         export(runs / "crest", tmp_path / "new" / name)
     with (tmp_path / "new" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
-    columns = parquet.read_table(tmp_path / "new" / "scores.parquet").to_pydict()
+    columns = import_module("pyarrow.parquet").read_table(tmp_path / "new" / "scores.parquet").to_pydict()
     assert list(rows[0]) == list(columns)
     assert [int(row["example"]) for row in rows] == list(range(600)) == columns["example"]
     for name in ("label", "picked", "trained", "forgotten", "excluded"):
