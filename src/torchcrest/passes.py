@@ -119,7 +119,7 @@ class Passes(ABC):
             "position": self._position,
             "history": [dict(event) for event in self.history],
             "stats": asdict(self.stats),
-            "difficulty": self.difficulty.state_dict() if self.difficulty else None,
+            **({"difficulty": self.difficulty.state_dict()} if self.difficulty else {}),
             **self._state(),
         }
 

@@ -31,42 +31,52 @@ KINDS: Sequence[tuple[str, str, str, Any]] = (
 Array = NDArray[Any]
 
 
-def trained_difficulty(curves: Sequence[tuple[Curve, Sequence[Scores]]], reference: Array | None) -> Picture:
-    """Draw the mean forgetting score of what was trained on, in each tenth of the runs.
+def trained_difficulty(curves: Sequence[tuple[Curve, Sequence[Scores]]], reference: Scores | None) -> Picture:
+    """Draw how hard what was trained on is: mean forgetting events, in each tenth of the runs, and share not learned.
 
     Args:
         curves: one for each method at each budget, with the scores of its runs.
-        reference: ``[N]`` forgetting events to go by for all; None: each run goes by its own.
+        reference: whose forgetting events to go by for all; None: each run goes by its own.
     """
-    found = []
+    upper, lower = [], []
     for curve, runs in curves:
         means = []
         for scores in runs:
-            forgotten = (scores["forgotten"] if reference is None else reference).astype(np.float64)
+            forgotten = (reference or scores)["forgotten"].astype(np.float64)
             means.append([float(part @ forgotten) / max(int(part.sum()), 1) for part in scores.parts.astype(np.int64)])
-        steps = curve.runs[0].summary["steps"]
-        ends = np.arange(1, len(means[0]) + 1) * steps / len(means[0])
-        kept = scores.parts.any(1)  # a run of fewer steps has empty tenths
-        found.append((curve, ends[kept], np.mean(means, 0)[kept]))
+        kept = runs[0].parts.any(1)  # a run of fewer steps has empty tenths
+        ends = np.arange(1, len(kept) + 1) * curve.runs[0].summary["steps"] / len(kept)
+        upper.append((curve, ends[kept], np.mean(means, 0)[kept]))
+        lines = [[event for event in run.events if event["event"] == "difficulty"] for run in curve.runs]
+        unlearned = np.array([[100 * event["trained_unlearned"] for event in each] for each in lines])
+        lower.append((curve, np.array([event["step"] for event in lines[0]]), unlearned.mean(0)))
     title = "Difficulty of what is trained on"
     with drawing("trained-difficulty"):
-        figure, axes = axes_of(290, left=40, right=26 + LETTER * max(len(curve.label) for curve, *_ in found))
-        for curve, x, y in found:
-            axes.plot(x, y, color=INKS[f"m-{curve.method}"], lw=curve.width)
-        low, high = min(y.min() for *_, y in found), max(y.max() for *_, y in found)
-        room = 0.1 * max(high - low, 0.1)
-        axes.set(xlim=(0, max(x[-1] for _, x, _ in found)), ylim=(max(0, low - room), high + room))
-        axes.set(xlabel="optimizer steps")
-        axes.set_title("mean forgetting events of an example")
-        scale(axes.xaxis, whole=True)
-        scale(axes.yaxis)
-        name(figure, axes, [(curve.method, curve.label, x[-1], y[-1]) for curve, x, y in found])
-        said = [f"{curve.label} from {y[0]:.2f} to {y[-1]:.2f}" for curve, _, y in found]
-        svg = svg_of(figure, title, f"Forgetting events of an example trained on: {'; '.join(said)}.")
-    by = "as each run counted them itself" if reference is None else "the same count for all"
-    return Picture(
-        svg, title, f"Means over seeds. Events of the whole run, {by}: rising lines train on harder examples."
-    )
+        margin = 26 + LETTER * max(len(curve.label) for curve, _ in curves)
+        figure, both = axes_of(420, left=40, right=margin, rows=2)
+        for axes, found in zip(both, (upper, lower), strict=True):
+            for curve, x, y in found:
+                axes.plot(x, y, color=INKS[f"m-{curve.method}"], lw=curve.width)
+            low, high = min(y.min() for *_, y in found), max(y.max() for *_, y in found)
+            room = 0.1 * (high - low or 1)
+            axes.set(xlim=(0, max(x[-1] for _, x, _ in found)), ylim=(max(0, low - room), high + room))
+            scale(axes.xaxis, whole=True)
+            scale(axes.yaxis)
+            name(figure, axes, [(curve.method, curve.label, x[-1], y[-1]) for curve, x, y in found])
+        both[0].set_title("mean forgetting events of an example")
+        both[0].tick_params(labelbottom=False)
+        both[1].set_title("share predicted wrong when trained on, %")
+        both[1].set_xlabel("optimizer steps")
+        said = [f"{curve.label} from {y[0]:.2f} to {y[-1]:.2f}" for curve, _, y in upper]
+        wrong = [f"{curve.label} {y[-1]:.0f} %" for curve, _, y in lower]
+        words = f"Forgetting events of an example trained on: {'; '.join(said)}. Predicted wrong: {'; '.join(wrong)}."
+        svg = svg_of(figure, title, words)
+    of = [reference] if reference else [scores for _, runs in curves for scores in runs]
+    seen = np.mean([scores["seen"].mean() for scores in of])
+    by = "the same count for all" if reference else "as each run counted them itself"
+    caption = f"Means over seeds. Events of the whole run, {by}, which saw an example {seen:.1f} times."
+    few = " That is few for a count of events." if seen < 10 else " Rising lines train on harder examples."
+    return Picture(svg, title, caption + few)
 
 
 def selections(scores: Scores, label: str) -> Picture:

@@ -222,7 +222,7 @@ def _hardness(runs: Sequence[Finished]) -> tuple[list[Picture], list[Gallery]]:
     if not kept:
         return [], []
     whose = [group[0] for method in ("full", "random") for (name, _), group in kept.items() if name == method]
-    reference = scores[whose[0].name]["forgotten"] if whose else None
+    reference = scores[whose[0].name] if whose else None
     curves = [(Curve(c[0], label(*c), g), [scores[run.name] for run in g]) for c, g in kept.items()]
     pictures = [trained_difficulty(curves, reference)]
     shown: list[Gallery] = []
