@@ -90,7 +90,7 @@ class CrestConfig:
         resolution: side of the inputs that ``resolution`` measures, as a share of what it is.
         difficulty: keep a record of each example, :class:`torchcrest.Difficulty`: forgetting events, how often it
             was picked, when it was set aside. It is made of what is measured and observed anyway, takes 11 bytes
-            an example, in the state too, and changes no batch.
+            an example, in the state too, and changes no batch. Of several ranks, each records what it sees itself.
 
     Raises:
         ConfigError: any setting is out of range; all problems are listed at once.
