@@ -44,7 +44,7 @@ def trained_difficulty(curves: Sequence[tuple[Curve, Sequence[Scores]]], referen
         for scores in runs:
             forgotten = (reference or scores)["forgotten"].astype(np.float64)
             means.append([float(part @ forgotten) / max(int(part.sum()), 1) for part in scores.parts.astype(np.int64)])
-        kept: Array = runs[0].parts.any(1)  # a run of fewer steps has empty tenths
+        kept = runs[0].parts.sum(1) > 0  # a run of fewer steps has empty tenths
         ends = np.arange(1, len(kept) + 1) * curve.runs[0].summary["steps"] / len(kept)
         upper.append((curve, ends[kept], np.mean(means, 0)[kept]))
         lines = [[event for event in run.events if event["event"] == "difficulty"] for run in curve.runs]
