@@ -108,7 +108,7 @@ def test_tells_what_was_left_out_of_the_data(command: Command) -> None:
 # Bad input ---------------------------------------------------------------------------------------------------
 
 BAD = {
-    "": "train, compare, ablate, report, select",
+    "": "train, compare, ablate, report, explain, select",
     "trian digits": "command must be one of .*Did you mean train",
     "train": "task",
     "train digitz": "task must be one of .*Did you mean digits",

@@ -31,6 +31,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("curvature_product", ["exact", None], "one of double_backward, finite_difference"),
     ("check", ["yes", False], "one of paired, none"),
     ("exclude", [1, "yes", None], "True or False"),
+    ("difficulty", [1, "yes", None], "True or False"),
     ("learned_loss", [-0.1, NAN, INF], "a number of at least 0"),
     ("learned_interval", [0, -1, True], "a whole number of at least 1"),
     ("learned_interval", [0.0, 1.1, NAN, "x", None], r"steps \(a whole number\) or a share in \(0, 1\]"),

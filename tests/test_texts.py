@@ -136,6 +136,9 @@ def test_tokens_are_those_of_the_models_own_tokenizer(
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in got)
     assert (classes, texts.vocabulary, len(test)) == (3, 14, 120)
+    shown = [word for word in texts.text(5).split() if word in WORDS]
+    assert shown == [WORDS[token - 4] for token in texts[5]["input_ids"].tolist() if token >= 4]
+    assert (" / " in texts.text(5)) == (typed and pairs)
 
 
 def test_bag_knows_the_words_of_the_training_texts() -> None:
@@ -148,6 +151,7 @@ def test_bag_knows_the_words_of_the_training_texts() -> None:
     assert texts_test[0]["input_ids"].tolist() == [1, cat, cat]
     assert texts[1]["input_ids"].tolist() == [6, cat, dog, 7]
     assert (texts.vocabulary, classes) == (8, 2)
+    assert (texts.text(0), texts_test.text(0)) == ("a cat , / a", "… cat cat")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torchcrest.baselines import (
 )
 from torchcrest.config import CrestConfig
 from torchcrest.crest import Crest
+from torchcrest.difficulty import Difficulty
 from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, RankError, TorchcrestError
 from torchcrest.objectives import Classification, Objective, Projecting, Regression, Trimming
 from torchcrest.solvers import coreset, facility_location
@@ -31,6 +32,7 @@ __all__ = [
     "Crest",
     "CrestConfig",
     "DataError",
+    "Difficulty",
     "Glister",
     "GlisterConfig",
     "GradMatch",

@@ -1,4 +1,4 @@
-"""The command ``torchcrest``: train, compare, ablate, report, select."""
+"""The command ``torchcrest``: train, compare, ablate, report, explain, select."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torchcrest
 from torchcrest.checks import suggest
 from torchcrest.config import PRESETS, CrestConfig
 from torchcrest.errors import ConfigError, DataError, TorchcrestError, must
-from torchcrest.report import report, table
+from torchcrest.report import explain, export, report, story, suspect_sheet, table
 from torchcrest.solvers import coreset
 from torchcrest.train import ablate as ablation
 from torchcrest.train.compare import COLUMNS, LEGEND, FailedRuns, cells, compare, plan, run_name
@@ -41,6 +41,7 @@ COMMANDS = {
     "compare": "run several methods and print the table",
     "ablate": "see what each part of CREST does",
     "report": "write a comparison's page, or print its table",
+    "explain": "tell what a run has learned of its examples, and which labels may be wrong",
     "select": "pick one coreset of raw features",
 }
 TASK = (
@@ -60,10 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
     try:
         parsed = _parse(arguments)
-        act = {"train": _train, "compare": _compare, "ablate": _ablate, "report": _report, "select": _select}[
-            parsed.subcommand
-        ]
-        act(parsed[parsed.subcommand], console)
+        acts = {
+            "train": _train,
+            "compare": _compare,
+            "ablate": _ablate,
+            "report": _report,
+            "explain": _explain_run,
+            "select": _select,
+        }
+        acts[parsed.subcommand](parsed[parsed.subcommand], console)
     except (TorchcrestError, ArgumentError) as error:
         _say(f"error: {error}")
         return 2
@@ -194,6 +200,21 @@ def _report(args: Namespace, console: Console) -> None:
     console.print(f"Table: {_plain(str(args.out))}", soft_wrap=True, highlight=False)
 
 
+def _explain_run(args: Namespace, console: Console) -> None:
+    """Tell what a run has learned of its examples, or of one of them."""
+    if args.top < 1:
+        raise ConfigError(must("top", "be at least 1", args.top, "Use for example 10."))
+    lines = explain(args.folder, args.top) if args.example is None else story(args.folder, args.example)
+    for line in lines:
+        console.print(_plain(line), soft_wrap=True, highlight=False)
+    if args.export is not None:
+        export(args.folder, args.export)
+        console.print(f"Scores: {_plain(str(args.export))}", soft_wrap=True, highlight=False)
+    if args.suspects is not None:
+        suspect_sheet(args.folder, args.suspects, args.top)
+        console.print(f"Suspected label errors: {_plain(str(args.suspects))}", soft_wrap=True, highlight=False)
+
+
 def _select(args: Namespace, console: Console) -> None:
     """Pick one weighted coreset from raw features."""
     if args.out.suffix != ".npz":
@@ -254,6 +275,7 @@ def _commands(crest_defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
         "compare": _compare_parser(crest_defaults),
         "ablate": _ablate_parser(crest_defaults),
         "report": _report_parser(),
+        "explain": _explain_parser(),
         "select": _select_parser(),
     }
 
@@ -307,6 +329,21 @@ def _report_parser() -> ArgumentParser:
     parser.add_argument("--targets", type=float, nargs="+", default=[], help=targets)
     out = "file to write; default: DIR/report.html, and the terminal for the other formats"
     parser.add_argument("--out", type=Path | None, default=None, help=out)
+    return parser
+
+
+def _explain_parser() -> ArgumentParser:
+    about = "Tell what a run that was trained with --difficulty true has learned of its examples."
+    parser = _new(about, usage="torchcrest explain RUN [options]")
+    parser.add_argument("--config", action="config", help="a YAML file of settings")
+    parser.add_argument("folder", type=Path, help="of a finished run")
+    example = "tell the story of one example, by its position; needs a run with --picks true"
+    parser.add_argument("--example", type=int | None, default=None, help=example)
+    parser.add_argument("--top", type=int, default=10, help="examples in each list, and in the sheet")
+    export = "write the scores of all examples: a .csv or .parquet file"
+    parser.add_argument("--export", type=Path | None, default=None, help=export)
+    suspects = "draw the suspected label errors with their labels, for images: a .png file"
+    parser.add_argument("--suspects", type=Path | None, default=None, help=suspects)
     return parser
 
 

@@ -16,6 +16,7 @@ from torchcrest.account import Account
 from torchcrest.active import ActiveSet, Draws, stream
 from torchcrest.config import CrestConfig, steps_of
 from torchcrest.diagnostics import Gauge
+from torchcrest.difficulty import Difficulty
 from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
@@ -137,6 +138,7 @@ class Crest(Passes):
         _refuse(model, config, examples, last_layer, proxy_model, self._ranks.size)
         super().__init__(model, steps=steps, seed=seed, examples=examples)
         self.config = config
+        self.difficulty = Difficulty(examples, config.learned_loss) if config.difficulty and examples else None
         self._stream_sharded = stream_sharded
         self._ranks.agree(model, {"examples": examples, "steps": steps, "seed": seed, **self._settings()})
         if self._ranks.sharded and config.proxy_source == "history":
@@ -146,6 +148,7 @@ class Crest(Passes):
         if isinstance(objective, Projecting) and config.proxy_source == "history":
             do = "The objective gives proxy gradients of its own: use 'forward'."
             raise ConfigError(must("proxy_source", "be another than 'history' with this objective", "history", do))
+        self._objective = objective
         how = how_of(config, device_of(model))
         self._meter = Meter(
             model,
@@ -206,6 +209,7 @@ class Crest(Passes):
             self._unseen.append((self.indices, losses.detach()))
         if outputs is not None:
             self._source.note(self._step, self.indices, outputs)
+        super().observe(losses, outputs)
 
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:
         self._account.clock.asked()
@@ -303,7 +307,7 @@ class Crest(Passes):
                 together = min(SOLVED_TOGETHER, count - len(coresets))
                 pools += [self._measure(*self._feed.next()) for _ in range(together - len(pools))]
                 self._look()
-                coresets += self._select(pools)
+                coresets += self._counted(pools, self._select(pools))
             if self._gauge:
                 self._gauge.read()  # what is timed here ends with a wait for the device anyway
         while renewed and len(coresets) < steps:
@@ -337,13 +341,31 @@ class Crest(Passes):
             self._unseen.append((indices[rows], pool.losses[rows.to(pool.losses.device)]))
         else:
             self._unseen.append((indices, pool.losses))
+        self._note(pool, rows)
         return pool
+
+    def _note(self, pool: Pool, rows: Tensor | None = None) -> None:
+        """Enter the model's own losses and outputs of a pool, those of some rows or all, into the record."""
+        if self.difficulty and (rows is None or len(rows)):
+            at = slice(None) if rows is None else rows
+            there = slice(None) if rows is None else rows.to(pool.losses.device)
+            outputs = None if pool.outputs is None else pool.outputs[there]
+            labels = None if pool.labels is None else pool.labels[there]
+            self.difficulty.note(self._step, pool.indices[at], pool.losses[there], outputs, labels)
+
+    def _counted(self, pools: list[Pool], coresets: list[Coreset]) -> list[Coreset]:
+        """Return coresets that were picked from pools; the record counts what is in them."""
+        if self.difficulty:
+            for pool, coreset in zip(pools, coresets, strict=True):
+                self.difficulty.pick(self._step, pool.indices, coreset.rows, coreset.weights)
+        return coresets
 
     def _measure_check(self, indices: Tensor, data: Any) -> Pool:
         """Measure a check set, always with the model itself."""
         with self._ranks.forward():
             pool = self._meter.measure(indices, data)
         self._unseen.append((indices, pool.losses))
+        self._note(pool)
         self._look()
         if pool.outputs is not None:
             self._source.note(self._step, indices, pool.outputs)
@@ -360,6 +382,8 @@ class Crest(Passes):
             if self.examples:
                 self._active.record(indices, losses)
         self._unseen.clear()
+        if self.difficulty:
+            self.difficulty.enter()
 
     def _select(self, pools: list[Pool]) -> list[Coreset]:
         """Pick a coreset from each pool, all together (step 3)."""
@@ -452,6 +476,8 @@ class Crest(Passes):
         self.stats.active = self._active.count
         if excluded:
             self._feed.redraw()
+            if self.difficulty:
+                self.difficulty.exclude(self._step, self._active.mask)
         self._log("exclude", excluded=excluded, active=self._active.count)
 
     def _quality_numbers(self) -> list[float]:
@@ -560,6 +586,9 @@ def _refuse(model: Any, config: Any, examples: int | None, last_layer: Any, prox
     elif examples is not None and config.pool_size * ranks > examples:
         want = f"be at most the {examples} examples of the data set" + (f" over {ranks} ranks" if ranks > 1 else "")
         problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
+    if isinstance(config, CrestConfig) and config.difficulty and examples is None:
+        want = "be False for a stream, as no example of it is known to come again"
+        problems.append(must("difficulty", want, True, "Leave it out."))
     if last_layer is not None and not isinstance(last_layer, nn.Linear):
         problems.append(must("last_layer", "be a torch.nn.Linear", type(last_layer).__name__, "Or leave it out."))
     if proxy_model is not None and not isinstance(proxy_model, nn.Module):

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from torchcrest.difficulty import Difficulty
 from torchcrest.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, must
 from torchcrest.feed import Feed
 from torchcrest.measure import device_of, synchronize
+from torchcrest.objectives import Classification, Objective
 from torchcrest.streaming import StreamFeed
 from torchcrest.types import Stats, WeightedBatch, no_indices
 
@@ -35,11 +37,13 @@ class Passes(ABC):
         history: what happened, an entry an event, oldest first.
         stats: what selection has cost so far.
         indices: data-set positions of the batch handed out last (of a stream, running numbers), on the CPU.
+        difficulty: a record of each example, made of what is observed; None: none is kept.
         on_phase: called when another phase of the work begins, with its name; None: nobody listens.
     """
 
     method: str
     _feed: Feed | StreamFeed
+    _objective: Objective = Classification()
 
     def __init__(self, model: nn.Module, *, steps: int, seed: int, examples: int | None) -> None:
         problems = []
@@ -60,6 +64,8 @@ class Passes(ABC):
         self.history: list[dict[str, Any]] = []
         self.stats = Stats(active=examples or 0)
         self.indices: Tensor = no_indices()
+        self.difficulty: Difficulty | None = None
+        self._labels: Tensor | None = None  # of the batch handed out last, where a record is kept
         self.on_phase: Callable[[Phase], None] | None = None
         self._model = model
         self._seed = seed
@@ -83,16 +89,19 @@ class Passes(ABC):
             self._step += 1
             self._position += 1
             self.stats.examples_trained += len(batch.weights)
+            self._labels = self._objective.labels(batch.data) if self.difficulty else None
             yield batch
         self._position = 0
 
-    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:  # noqa: B027
-        """Take what training computed on the batch handed out last; only some methods need it.
+    def observe(self, losses: Tensor, outputs: Tensor | None = None) -> None:
+        """Take what training computed on the batch handed out last; some methods, and :attr:`difficulty`, need it.
 
         Args:
             losses: ``[batch_size]``, unweighted, in the order of the batch. They are not waited for.
             outputs: ``[batch_size, ...]`` of the model, likewise.
         """
+        if self.difficulty:
+            self.difficulty.note(self._step, self.indices, losses, outputs, self._labels, training=True)
 
     def close(self) -> None:
         """End the worker processes now and not when the loader is collected; the next batch starts new ones."""
@@ -110,6 +119,7 @@ class Passes(ABC):
             "position": self._position,
             "history": [dict(event) for event in self.history],
             "stats": asdict(self.stats),
+            **({"difficulty": self.difficulty.state_dict()} if self.difficulty else {}),
             **self._state(),
         }
 
@@ -122,6 +132,8 @@ class Passes(ABC):
         self._refuse_foreign(state)
         try:
             self._load(state)
+            if self.difficulty:
+                self.difficulty.load_state_dict(state.get("difficulty"))
             self.history = [dict(event) for event in state["history"]]
             self.stats = Stats(**state["stats"])
             self._step, self._position = int(state["step"]), int(state["position"])

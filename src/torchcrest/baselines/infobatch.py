@@ -140,6 +140,7 @@ class InfoBatch(Passes):
                 must("losses", want, tuple(losses.shape), 'Use reduction="none", and observe after each batch.')
             )
         self._observed.append((self.indices, losses.detach()))
+        super().observe(losses, outputs)
         self._heard = True
 
     def _next_batch(self) -> tuple[WeightedBatch, Tensor]:

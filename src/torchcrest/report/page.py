@@ -15,11 +15,13 @@ from jinja2 import Environment, StrictUndefined
 from torchcrest.errors import ConfigError, must
 from torchcrest.report.canvas import PHASES
 from torchcrest.report.figures import Curve, Picture, accuracy, checks, data_in_use, differences, quality, spending
+from torchcrest.report.hardness import Gallery, excluded, galleries, selections, trained_difficulty
 from torchcrest.report.reproduce import compare_command, flat, train_command
 from torchcrest.report.table import NOTHING, Row, columns, rows_of, short
 from torchcrest.train.collect import Collected, Finished, collect
 from torchcrest.train.files import blocked, replacing
 from torchcrest.train.methods import METHODS, find_method
+from torchcrest.train.scores import Scores, read_scores
 from torchcrest.train.verdict import Verdict, label, notes, to_accuracy
 
 __all__ = ["render", "report"]
@@ -71,6 +73,7 @@ def render(collected: Collected, targets: Sequence[float] | None = None) -> str:
     config, first = runs[0].config, runs[0].summary
     summaries = [run.summary for run in collected.runs]
     verdicts = _ordered([row.verdict for row in rows if row.verdict])
+    hardness, shown = _hardness(runs)
     template = resources.files("torchcrest.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
@@ -86,6 +89,8 @@ def render(collected: Collected, targets: Sequence[float] | None = None) -> str:
         tables=[columns([row for row in rows if row.extra is extra]) for extra in (False, True)],
         budgets=_by_budget(rows, collected.runs),
         inside=_inside(runs),
+        hardness=hardness,
+        galleries=shown,
         milestones=_milestones(runs, targets),
         energy=_energy(runs),
         settings=_settings(runs),
@@ -207,6 +212,28 @@ def _inside(runs: Sequence[Finished]) -> list[Picture]:
     ]
     data = data_in_use([Curve(cell[0], label(*cell), group) for cell, group in groups.items()])
     return [*drawn, *([data] if data else [])]
+
+
+def _hardness(runs: Sequence[Finished]) -> tuple[list[Picture], list[Gallery]]:
+    """Draw what runs that kept a record have learned of the examples."""
+    scores: dict[str, Scores] = {}
+    for run in runs:
+        if (found := read_scores(run.folder)) is not None:
+            scores[run.name] = found
+    kept = {cell: [run for run in group if run.name in scores] for cell, group in _groups(runs).items()}
+    kept = {cell: group for cell, group in kept.items() if group}
+    if not kept:
+        return [], []
+    whose = [group[0] for method in ("full", "random") for (name, _), group in kept.items() if name == method]
+    reference = scores[whose[0].name] if whose else None
+    curves = [(Curve(c[0], label(*c), g), [scores[run.name] for run in g]) for c, g in kept.items()]
+    pictures = [trained_difficulty(curves, reference)]
+    shown: list[Gallery] = []
+    for cell, (run, *_) in kept.items():
+        if cell[0] == "crest":
+            pictures += [selections(scores[run.name], label(*cell)), *filter(None, [excluded(run, label(*cell))])]
+            shown = shown or galleries(scores[run.name], label(*cell))
+    return pictures, shown
 
 
 # Tables ---------------------------------------------------------------------------------------------------------

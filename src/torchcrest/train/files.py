@@ -46,7 +46,7 @@ def blocked(folder: Path) -> bool:
 
 
 class RunFiles:
-    """config.yaml, metrics.jsonl, checkpoint.pt and summary.json of one run.
+    """config.yaml, metrics.jsonl, checkpoint.pt and summary.json of one run, and what it has learned of examples.
 
     Attributes:
         folder: where they are.
@@ -58,6 +58,8 @@ class RunFiles:
         self.metrics = folder / "metrics.jsonl"
         self.checkpoint = folder / "checkpoint.pt"
         self.summary = folder / "summary.json"
+        self.examples = folder / "examples.npz"
+        self.picks = folder / "picks.npz"
 
     def began(self) -> bool:
         """Tell whether a run has left anything here."""
@@ -69,7 +71,7 @@ class RunFiles:
 
     def sweep(self) -> None:
         """Remove what a process that was killed has left half written."""
-        for path in (self.config, self.metrics, self.checkpoint, self.summary):
+        for path in (self.config, self.metrics, self.checkpoint, self.summary, self.examples, self.picks):
             for left in self.folder.glob(f".{path.name}.*"):
                 left.unlink()
 

@@ -31,6 +31,7 @@ from torchcrest.train.files import RunFiles, blocked
 from torchcrest.train.memory import PeakMemory
 from torchcrest.train.methods import find_method
 from torchcrest.train.schedule import learning_rate
+from torchcrest.train.scores import Recorder
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Task, load
 from torchcrest.train.track import Tracking, refuse_missing
@@ -208,6 +209,9 @@ class _Run:
             settings.num_workers,
             self._proxy(),
         )
+        self.recorder = (
+            Recorder(self.loader, len(task.train), self.steps, settings.picks) if settings.difficulty else None
+        )
         every = np.linspace(0, self.steps, settings.evaluations + 1)[1:]
         self.evaluate_at = {max(1, round(step)) for step in every.tolist()}
         self.step = 0
@@ -216,7 +220,7 @@ class _Run:
         self.events = 0  # of the loader's history that were written
         self.accuracy: float | None = None
         self.test_loss = float("nan")
-        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, losses, indices: not yet looked at
+        self.pending: list[tuple[int, Tensor, Tensor, Tensor]] = []  # step, losses, indices, weights: not looked at
         self.recent: list[float] = []  # mean training losses since the last evaluation
         self.latest: deque[float] = deque(maxlen=LOOK_EVERY)  # and of the last steps
         self.watch, self.stop, self.processes = watch, stop, processes
@@ -255,6 +259,8 @@ class _Run:
         try:
             self._train()
             summary = self._summary()
+            if self.recorder:
+                self.recorder.write(self.files, self.task)
             self.files.write_summary(summary)
         finally:
             if self.energy:
@@ -274,7 +280,7 @@ class _Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            self.pending.append((self.step, losses.detach(), self.loader.indices))
+            self.pending.append((self.step, losses.detach(), self.loader.indices, batch.weights))
             now = time.monotonic()
             evaluate = self.step in self.evaluate_at
             stopping = self.stop() and self.step < self.steps
@@ -322,30 +328,23 @@ class _Run:
         """Refuse training losses that are not finite. Waits for the device."""
         if not self.pending:
             return
-        for (step, losses, indices), mean in zip(
-            self.pending, torch.stack([losses.mean() for _, losses, _ in self.pending]).tolist(), strict=True
+        for (step, losses, indices, weights), mean in zip(
+            self.pending, torch.stack([each[1].mean() for each in self.pending]).tolist(), strict=True
         ):
             bad = (~losses.isfinite()).cpu()
             if bad.any():
                 raise NonFiniteLossError.about("training loss", f"in step {step}", indices[bad].tolist(), len(bad))
             self.recent.append(mean)
             self.latest.append(mean)
+            if self.recorder:
+                self.recorder.trained(step, indices, weights)
         self.pending.clear()
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """Measure test accuracy and loss, write a metrics line and a checkpoint."""
-        self.model.eval()
-        right, losses = 0, []
         test = self.task.test
-        for start in range(0, len(test), test.evaluated_together):
-            rows = list(range(start, min(start + test.evaluated_together, len(test))))
-            data = tree.move(test.__getitems__(rows), self.device)
-            outputs = OBJECTIVE.outputs(self.model, data).float()
-            right += int((outputs.argmax(1) == _labels(data)).sum())
-            losses.append(_losses(outputs, data).double().cpu())
-        self.model.train()
-        loss = torch.cat(losses)
+        right, loss = self._forward(test, range(len(test)))
         if not loss.isfinite().all():  # the training loss need not show what the very last step did
             bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
             raise NonFiniteLossError.about("test loss", f"after step {self.step}", bad, len(test))
@@ -364,7 +363,27 @@ class _Run:
             "active": stats.active,
         }
         self.recent.clear()
-        self._save(record)
+        self._save(record, *self._difficulty())
+
+    def _forward(self, data: Any, rows: Sequence[int]) -> tuple[int, Tensor]:
+        """Return how many of some examples are predicted right, and the losses ``[len(rows)]`` of all of them."""
+        self.model.eval()
+        right, losses = 0, []
+        for start in range(0, len(rows), data.evaluated_together):
+            some = tree.move(data.__getitems__(list(rows[start : start + data.evaluated_together])), self.device)
+            outputs = OBJECTIVE.outputs(self.model, some).float()
+            right += int((outputs.argmax(1) == _labels(some)).sum())
+            losses.append(_losses(outputs, some).double().cpu())
+        self.model.train()
+        return right, torch.cat(losses)
+
+    def _difficulty(self) -> list[dict[str, Any]]:
+        """Return the metrics line on what was trained on, where a record is kept; measures what was set aside."""
+        if self.recorder is None:
+            return []
+        rows = self.recorder.sample_excluded(self.settings.seed, self.step)
+        accuracy = self._forward(self.task.train, rows)[0] / len(rows) if rows else None
+        return [self.recorder.event(self.step, accuracy)]
 
     def _save(self, *records: dict[str, Any]) -> None:
         """Write metrics lines and a checkpoint that knows of them."""
@@ -388,6 +407,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
+                "scores": self.recorder.state_dict() if self.recorder else None,
                 "random": _random_states(self.device),
             }
         )
@@ -415,6 +435,8 @@ class _Run:
             warnings.warn("The run began without energy, so there will be no energy_kwh.", stacklevel=2)
         self.energy = EnergyMeter(before) if self.energy and before is not None else None
         self.loader.load_state_dict(state["loader"])
+        if self.recorder:
+            self.recorder.load_state_dict(state["scores"])
         self.events = len(self.loader.history)
         self.files.keep_metrics(self.lines)
 

@@ -21,7 +21,7 @@ from torchcrest.train.tasks import Task
 __all__ = ["RunSettings"]
 
 Optimizer = Literal["sgd", "adamw"]
-SHARED = {"batch_size", "subset"}  # settings of the methods that follow from the run's
+SHARED = {"batch_size", "subset", "difficulty"}  # settings of the methods that follow from the run's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,9 @@ class RunSettings:
         max_length: tokens of a text that are kept, by default 128.
         evaluations: how many times to measure test accuracy, evenly over the run, outside the clock.
         num_workers: processes that read data.
+        difficulty: write examples.npz: of each training example how often it was picked and trained on, forgotten,
+            when it was set aside, its losses. See torchcrest explain.
+        picks: write picks.npz as well, a log of all of that step by step, some 20 bytes an example of a batch or pool.
         device: auto, cpu, cuda, cuda:1, mps, ...
         crest: settings of CREST; batch_size is the run's, here and in the next.
         craig: settings of CRAIG; its subset is the budget's share of the data, as with the next two.
@@ -78,6 +81,8 @@ class RunSettings:
     max_length: int | None = None
     evaluations: int = 10
     num_workers: int = 0
+    difficulty: bool = False
+    picks: bool = False
     device: str = "auto"
     crest: CrestConfig = field(default_factory=CrestConfig)
     craig: CraigConfig = field(default_factory=CraigConfig)
@@ -112,6 +117,8 @@ class RunSettings:
             value, known = getattr(self, name), get_args(kind)
             if value not in known and (name, value) != ("optimizer", None):
                 problems.append(must(name, f"be one of {', '.join(known)}", value, suggest(value, known)))
+        if self.picks and not self.difficulty:
+            problems.append(must("picks", "be left out without difficulty", True, "Set difficulty=true as well."))
         wanted = self.method == "crest" and self.crest.proxy_source == "model"
         if wanted and self.proxy_model is None:
             do = "Name a small one, for example cnn for resnet20."
@@ -145,6 +152,8 @@ class RunSettings:
             do = f"Use for example {min(2 * batch_size, examples)}."
             raise ConfigError(must("crest.pool_size", want, own.pool_size, do))
         fitted: dict[str, Any] = {"batch_size": batch_size}
+        if isinstance(own, CrestConfig):
+            fitted["difficulty"] = self.difficulty
         if isinstance(own, SubsetConfig):
             fitted["subset"] = self.budget
             held = own.validation if isinstance(own, GlisterConfig) else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -38,6 +39,7 @@ class Texts(Dataset[Batch]):
         types: of each token, 0 or 1, where the model is to be told the texts of a pair apart.
         vocabulary: how many different tokens there are.
         pad: the token that fills up.
+        decode: returns the text of tokens, to show it; None: the tokens' numbers are shown.
 
     >>> texts = Texts([[5, 6, 7], [8]], [0, 1], vocabulary=9)
     >>> texts.__getitems__([0, 1])["input_ids"].tolist()
@@ -55,6 +57,7 @@ class Texts(Dataset[Batch]):
         types: Sequence[Sequence[int]] | None = None,
         vocabulary: int,
         pad: int = PAD,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         lengths = torch.tensor([len(each) for each in tokens], dtype=torch.int64)
         self.ends = lengths.cumsum(0)
@@ -64,6 +67,7 @@ class Texts(Dataset[Batch]):
         self.types = None if types is None else _flat(types, np.uint8)
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.vocabulary, self.pad = vocabulary, pad
+        self._decode = decode
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,6 +90,14 @@ class Texts(Dataset[Batch]):
         if self.types is not None:
             batch["token_type_ids"] = self.types[places].long().masked_fill(~there, 0)
         return {**batch, "labels": self.labels[rows]}
+
+    def text(self, i: int) -> str:
+        """Return the text of an example, as far as its tokens tell; of a pair, with " / " between the two."""
+        at = slice(int(self.starts[i]), int(self.ends[i]))
+        tokens, decode = self.tokens[at].tolist(), self._decode or (lambda some: " ".join(map(str, some)))
+        types = [0] * len(tokens) if self.types is None else self.types[at].tolist()
+        parts = [[token for token, kind in zip(tokens, types, strict=True) if kind == k] for k in (0, 1)]
+        return " / ".join(decode(part) for part in parts if part)
 
     @staticmethod
     def collate(batch: Batch) -> Batch:
@@ -141,10 +153,31 @@ def _pretrained(name: str, max_length: int) -> Any:
             found = tokenizer(*columns, truncation=True, max_length=length)
             tokens += [np.asarray(ids, np.int32) for ids in found["input_ids"]]
             types += [np.asarray(ids, np.uint8) for ids in found["token_type_ids"]] if typed else []
-        kinds = types if typed else None
-        return Texts(tokens, labels, types=kinds, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
+        kinds, decode = types if typed else None, _Decoder(tokenizer)
+        return Texts(tokens, labels, types=kinds, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id, decode=decode)
 
     return tokenize
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Spells what a pretrained model's tokenizer has made of a text."""
+
+    tokenizer: Any
+
+    def __call__(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """Spells what :func:`_words` has made of a text."""
+
+    words: list[str]
+
+    def __call__(self, tokens: list[int]) -> str:
+        return " ".join(self.words[token - UNKNOWN - 1] if token > UNKNOWN else "…" for token in tokens)
 
 
 def _words(train: Split, max_length: int) -> Any:
@@ -163,7 +196,7 @@ def _words(train: Split, max_length: int) -> Any:
         ]
         tokens = [[token for part in parts for token in part] for parts in zip(*columns, strict=True)]
         types = [[k for k, part in enumerate(parts) for _ in part] for parts in zip(*columns, strict=True)]
-        return Texts(tokens, labels, types=types, vocabulary=UNKNOWN + 1 + len(known))
+        return Texts(tokens, labels, types=types, vocabulary=UNKNOWN + 1 + len(known), decode=_Spelling([*known]))
 
     return tokenize
 
