@@ -27,7 +27,7 @@ demo: $(RUNNABLE)
 	OMP_NUM_THREADS=1 $(BIN)/torchcrest compare mnist1d --methods full random crest --budget 0.1 --seeds 0 1 2 --out runs/demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def texts(count: int, seed: int) -> list[dict[str, Any]]:
     for _ in range(count):
         topic, words = drawn.randrange(TOPICS), range(drawn.randint(5, 40))
         telling = [drawn.random() < 0.3 for _ in words]
-        ids = [1 + 50 * topic + drawn.randrange(50) if tells else drawn.randrange(201, WORDS) for tells in telling]
+        ids = [1 + 10 * topic + drawn.randrange(10) if tells else drawn.randrange(41, WORDS) for tells in telling]
         rows.append({"input_ids": ids, "labels": topic})
     return rows
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ARGUMENTS = {"transformers_trainer.py": ["--steps", "100", "--rate", "3e-3"]}
+ARGUMENTS = {"transformers_trainer.py": ["--steps", "60", "--rate", "3e-3"]}
 
 
 @pytest.mark.parametrize("name", ["lightning_module.py", "plain_loop.py", "transformers_trainer.py"])

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -939,7 +940,7 @@ def test_default_settings_and_mixin(tmp_path: Path) -> None:
 # Two processes -----------------------------------------------------------------------------------------------
 
 
-def distributed(rank: int, size: int) -> Any:
+def distributed(rank: int, size: int, folder: Path) -> Any:
     """Train under accelerate; and again, from a checkpoint."""
     for name, value in (
         ("RANK", rank),
@@ -949,7 +950,6 @@ def distributed(rank: int, size: int) -> Any:
         ("OMP_NUM_THREADS", 1),
     ):
         os.environ[name] = str(value)
-    folder = Path(os.environ["CREST_TEST_FOLDER"])
     settings: dict[str, Any] = {
         "gradient_accumulation_steps": 2,
         "save_strategy": "steps",
@@ -973,9 +973,8 @@ def distributed(rank: int, size: int) -> Any:
     return outcomes
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CREST_TEST_FOLDER", str(tmp_path / "run"))
-    ranks = launch(distributed, 2, tmp_path)
+def test_two_processes(tmp_path: Path) -> None:
+    ranks = launch(partial(distributed, folder=tmp_path / "run"), 2, tmp_path)
     for whole, resumed in ranks:
         assert whole["wrapped"] == "DistributedDataParallel"
         assert whole["step"] == 8
