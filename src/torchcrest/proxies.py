@@ -166,7 +166,8 @@ class Apprentice(Forward):
 
     def __init__(self, meter: Meter, model: nn.Module, optimizer: torch.optim.Optimizer | None, seed: int) -> None:
         super().__init__(meter)
-        self.small = Meter(model, meter.objective, meter.how)
+        # All of a pool at once: what a small model holds stays in the cache.
+        self.small = Meter(model, meter.objective, replace(meter.how, together=None))
         self._optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         self._seed = seed
         # Of two models of one kind; for others a guess that "seconds" does without.

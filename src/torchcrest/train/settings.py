@@ -17,6 +17,7 @@ from torchcrest.errors import CheckpointError, ConfigError, must
 from torchcrest.train.methods import CONFIGS, Config, find_method
 from torchcrest.train.schedule import Kind
 from torchcrest.train.tasks import Task
+from torchcrest.train.texts import BAG, Texts
 
 __all__ = ["RunSettings"]
 
@@ -37,7 +38,8 @@ class RunSettings:
         data: folder with the files of cifar10, cifar100, tinyimagenet or snli; else the Hugging Face hub has them.
         model: resnet20, resnet18, resnet50, cnn, conv1d or mlp; for texts bag (means of word vectors), or a pretrained
             one: its name on the Hugging Face hub, or a folder.
-        proxy_model: the small model that crest.proxy_source=model measures, a name as for model; for texts, bag.
+        proxy_model: the small model that crest.proxy_source=model measures, a name as for model; by default mlp, and
+            for texts bag.
         batch_size: examples in a batch, for every method.
         learning_rate: the highest of the schedule.
         schedule: step (x 0.1 at 60 and 85 %), cosine or constant; all after the warm-up.
@@ -119,10 +121,6 @@ class RunSettings:
                 problems.append(must(name, f"be one of {', '.join(known)}", value, suggest(value, known)))
         if self.picks and not self.difficulty:
             problems.append(must("picks", "be left out without difficulty", True, "Set difficulty=true as well."))
-        wanted = self.method == "crest" and self.crest.proxy_source == "model"
-        if wanted and self.proxy_model is None:
-            do = "Name a small one, for example cnn for resnet20."
-            problems.append(must("proxy_model", "be named with crest.proxy_source=model", None, do))
         if problems:
             raise ConfigError(problems)
         for name in ("budget", "epochs", "learning_rate", "warmup", "momentum", "weight_decay"):
@@ -161,11 +159,13 @@ class RunSettings:
             if round(self.budget * left) < batch_size:
                 want = f"give {self.method} at least batch_size = {batch_size} of {left} examples to train on"
                 raise ConfigError(must("budget", want, self.budget, "Raise it, or use a smaller batch_size."))
+        proxies = isinstance(own, CrestConfig) and own.proxy_source == "model"
         changed: dict[str, Any] = {} if own is None else {self.method: replace(own, **fitted)}
         return replace(
             self,
             epochs=self.epochs or task.epochs,
             model=self.model or task.model,
+            proxy_model=self.proxy_model or (BAG if isinstance(task.train, Texts) else "mlp") if proxies else None,
             batch_size=batch_size,
             learning_rate=self.learning_rate or task.learning_rate,
             optimizer=self.optimizer or task.optimizer,
@@ -180,8 +180,6 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, in the order of the fields; they go into config.yaml."""
         plain = asdict(self)
-        if self.method != "crest":
-            plain["proxy_model"] = None
         for name in ("proxy_model", "data", "max_length"):
             if plain[name] is None:
                 del plain[name]  # says nothing about this run, like what follows
