@@ -80,6 +80,12 @@ def assert_same_outcome(left: Job, right: Job) -> None:
     assert same(a["parameters"], b["parameters"])
 
 
+@functools.cache
+def undisturbed(make_loader: MakeLoader) -> Job:
+    """Train through both passes, once for all tests that only look at it."""
+    return Job(make_loader, Blobs()).run(TOTAL)
+
+
 class TestPasses:
     def test_a_pass_has_len_batches_of_exactly_m(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs, steps=23)
@@ -113,7 +119,7 @@ class TestPasses:
         assert batch.weights is batch[1]
 
     def test_second_iter_carries_the_run_on(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        two_passes = Job(make_loader, blobs).run(TOTAL)
+        two_passes = undisturbed(make_loader)
         model = make_net()
         loader, optimizer, trace = make_loader(model, blobs, steps=TOTAL, seed=0), sgd(model), []
         for batch in loader:
@@ -126,8 +132,7 @@ class TestPasses:
         job = Job(make_loader, blobs).run(5)
         assert len(drain(job.loader)) == STEPS
         assert job.loader.stats.examples_trained == (5 + STEPS) * 16
-        whole = Job(make_loader, blobs).run(STEPS)
-        assert job.trace == whole.trace[:5]
+        assert job.trace == undisturbed(make_loader).trace[:5]
 
     def test_examples_trained(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs, steps=3)
@@ -147,7 +152,7 @@ class TestStreams:
         assert Job(make_loader, blobs, seed=3).run(2).trace != Job(make_loader, blobs, seed=4).run(2).trace
 
     def test_workers_do_not_change_the_run(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        alone = Job(make_loader, blobs).run(TOTAL)
+        alone = undisturbed(make_loader)
         helped = Job(make_loader, blobs, num_workers=2, prefetch_factor=3).run(TOTAL)
         assert alone.trace == helped.trace
         assert_same_outcome(alone, helped)
@@ -155,7 +160,7 @@ class TestStreams:
             assert sum(event["excluded"] for event in events(alone.loader, "exclude")) > 0, "nothing was drawn anew"
 
     def test_closing_ends_the_workers_and_not_the_run(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        alone = Job(make_loader, blobs).run(TOTAL)
+        alone = undisturbed(make_loader)
         helped = Job(make_loader, blobs, num_workers=2)
         before = set(multiprocessing.active_children())
         for step in (5, 12, TOTAL):
@@ -181,12 +186,6 @@ class TestStreams:
             return seen
 
         assert collect(spoil=True) == collect(spoil=False)
-
-
-@functools.cache
-def undisturbed(make_loader: MakeLoader) -> Job:
-    """Train through both passes, once for all tests that only look at it."""
-    return Job(make_loader, Blobs()).run(TOTAL)
 
 
 class TestResume:
@@ -229,7 +228,7 @@ class TestResume:
         assert str(state) == str(file["loader"])
 
     def test_going_back_within_a_loader(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        whole = Job(make_loader, blobs).run(TOTAL)
+        whole = undisturbed(make_loader)
         job = Job(make_loader, blobs).run(9)
         saved = job.save()
         job.run(31)
