@@ -47,7 +47,7 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collections of garbage to come, and the processes that are forked, all that was imported for the tests."""
+    """Spare the garbage collector, and the processes that are forked, all that was imported for the tests."""
     gc.collect()
     gc.freeze()
 

@@ -52,7 +52,7 @@ def launch(job: Job, size: int, path: Path) -> list[Any]:
 
 
 def _fork(job: Job, size: int, path: Path) -> None:
-    """Start the ranks from a process that has imported the job's module, once for all of them, and done nothing else."""
+    """Start the ranks from a process that has imported the job's module, for all of them, and done nothing else."""
     gc.freeze()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_process, args=(job, rank, size, path)) for rank in range(size)]

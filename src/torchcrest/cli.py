@@ -272,9 +272,9 @@ def _parser(commands: dict[str, ArgumentParser]) -> ArgumentParser:
 
 
 def _commands(crest_defaults: dict[str, Any], arguments: Sequence[str]) -> dict[str, ArgumentParser]:
-    """Return a parser for the command that is named first, or for each; a preset's settings are the defaults of --crest.
+    """Return a parser for the command that is named first, or for each: one with all settings takes a while to build.
 
-    A parser with all the settings takes a while to build.
+    A preset's settings are the defaults of --crest.
     """
     parsers: dict[str, Callable[[], ArgumentParser]] = {
         "train": lambda: _train_parser(crest_defaults),
