@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import hypothesis
@@ -50,6 +52,13 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector, and the processes that are forked, all that was imported for the tests."""
     gc.collect()
     gc.freeze()
+
+
+def forkserver() -> ForkServerContext:
+    """Return what starts processes from one that has imported what they need, once for all, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchcrest.train.run", "torch.distributed.fsdp", "torch._dynamo", "hypothesis"])
+    return context
 
 
 Batch = tuple[Tensor, Tensor, Tensor]

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from conftest import SMALL, Batch, Blobs, make_crest, make_net, same, sgd, train_step
+from conftest import SMALL, Batch, Blobs, forkserver, make_crest, make_net, same, sgd, train_step
 from torchcrest import ConfigError, WeightedBatch
 from torchcrest.active import Draws
 from torchcrest.distributed import is_sharded, unwrapped
@@ -40,9 +40,7 @@ Job = Callable[[int, int], Any]
 
 def launch(job: Job, size: int, path: Path) -> list[Any]:
     """Run a job on each of some ranks; return what they return."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchcrest", "torch.distributed.fsdp", "torch._dynamo"])
-    process = context.Process(target=_fork, args=(job, size, path))
+    process = forkserver().Process(target=_fork, args=(job, size, path))
     process.start()
     process.join(330)
     if process.is_alive():
