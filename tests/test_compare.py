@@ -271,7 +271,7 @@ def test_random_is_added_three_times_at_most(
 def imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that need not import PyTorch first: that those of a comparison do is left to the tests without this."""
     context = forkserver()
-    monkeypatch.setattr(comparing.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 def test_runs_at_once_are_the_runs_one_by_one(tmp_path: Path, settings: RunSettings) -> None:
