@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import hypothesis
@@ -43,6 +46,20 @@ torch.set_num_threads(1)
 # How long an example takes is no property of the code on a shared machine.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector, and the processes that are forked, all that was imported for the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def forkserver() -> ForkServerContext:
+    """Return what starts processes from one that has imported what they need, once for all, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchcrest.train.run", "torch.distributed.fsdp", "torch._dynamo", "hypothesis"])
+    return context
+
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -100,7 +117,7 @@ class Net(nn.Module):
 def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """Build a model without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the stack, for each kind of accelerator
         return build()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from conftest import SMALL, Blobs, same
+from conftest import SMALL, Blobs, forkserver, same
 from torchcrest.errors import CheckpointError, ConfigError, TorchcrestError
 from torchcrest.train import compare as comparing
 from torchcrest.train.collect import collect
@@ -181,6 +181,7 @@ def test_what_cannot_work_is_refused_before_any_run(tmp_path: Path, settings: Ru
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_fails_does_not_lose_the_others(tmp_path: Path, settings: RunSettings, processes: int) -> None:
     runs = plan(settings, ["crest", "random"], [0.5], [0, 1])
@@ -266,6 +267,13 @@ def test_random_is_added_three_times_at_most(
 # Several at once ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that need not import PyTorch first: that those of a comparison do is left to the tests without this."""
+    context = forkserver()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
 def test_runs_at_once_are_the_runs_one_by_one(tmp_path: Path, settings: RunSettings) -> None:
     runs = plan(
         replace(settings, batch_size=2, crest=replace(SMALL, exclude=False)), ["random", "crest"], [0.5], [0, 1]
@@ -305,6 +313,7 @@ def after(steps: int) -> Callable[[], bool]:
     return lambda: next(asked) == steps
 
 
+@pytest.mark.usefixtures("imported")
 def test_a_stop_leaves_a_checkpoint_of_each(tmp_path: Path, long: list[RunSettings]) -> None:
     told: dict[str, list[Status]] = {}
     with pytest.raises(Interrupted) as stopped:
@@ -337,6 +346,7 @@ def test_a_stop_before_the_start_leaves_nothing(tmp_path: Path, long: list[RunSe
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("imported")
 def test_a_process_that_dies_is_named(tmp_path: Path, long: list[RunSettings]) -> None:
     def kill(status: Status) -> None:
         for process in multiprocessing.active_children():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +33,7 @@ from torchcrest.passes import FORMAT, Passes
 
 STEPS = 20
 TOTAL = 2 * STEPS
+RESUMED = [0, 1, 6, 7, 13, 19, 20, 21, 34, 39]  # the steps after which runs are resumed
 
 
 class Job:
@@ -42,13 +44,17 @@ class Job:
         self.optimizer = sgd(self.model)
         self.loader = make_loader(self.model, dataset, steps=STEPS, seed=seed, **kw)
         self.trace: list[tuple[list[int], list[float]]] = []
+        self.saved: dict[int, bytes] = {}
 
-    def run(self, until: int) -> Job:
-        """Go on to a step, over passes, and break out of the loop there."""
+    def run(self, until: int, saving: Sequence[int] = ()) -> Job:
+        """Go on to a step, over passes, and break out of the loop there; keep what is saved after some steps."""
+        self.saved |= {0: self.save()} if 0 in saving else {}
         while len(self.trace) < until:
             for batch in self.loader:
                 self.trace.append((self.loader.indices.tolist(), batch.weights.tolist()))
                 train_step(self.model, self.optimizer, batch, self.loader)
+                if len(self.trace) in saving:
+                    self.saved[len(self.trace)] = self.save()
                 if len(self.trace) == until:
                     break
         return self
@@ -78,6 +84,12 @@ def assert_same_outcome(left: Job, right: Job) -> None:
     assert a["history"] == b["history"]
     assert a["stats"] == b["stats"]
     assert same(a["parameters"], b["parameters"])
+
+
+@functools.cache
+def undisturbed(make_loader: MakeLoader) -> Job:
+    """Train through both passes and save on the way, once for all tests that only look at it."""
+    return Job(make_loader, Blobs()).run(TOTAL, saving=RESUMED)
 
 
 class TestPasses:
@@ -113,7 +125,7 @@ class TestPasses:
         assert batch.weights is batch[1]
 
     def test_second_iter_carries_the_run_on(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        two_passes = Job(make_loader, blobs).run(TOTAL)
+        two_passes = undisturbed(make_loader)
         model = make_net()
         loader, optimizer, trace = make_loader(model, blobs, steps=TOTAL, seed=0), sgd(model), []
         for batch in loader:
@@ -126,8 +138,7 @@ class TestPasses:
         job = Job(make_loader, blobs).run(5)
         assert len(drain(job.loader)) == STEPS
         assert job.loader.stats.examples_trained == (5 + STEPS) * 16
-        whole = Job(make_loader, blobs).run(STEPS)
-        assert job.trace == whole.trace[:5]
+        assert job.trace == undisturbed(make_loader).trace[:5]
 
     def test_examples_trained(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         loader = make_loader(make_net(), blobs, steps=3)
@@ -147,7 +158,7 @@ class TestStreams:
         assert Job(make_loader, blobs, seed=3).run(2).trace != Job(make_loader, blobs, seed=4).run(2).trace
 
     def test_workers_do_not_change_the_run(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        alone = Job(make_loader, blobs).run(TOTAL)
+        alone = undisturbed(make_loader)
         helped = Job(make_loader, blobs, num_workers=2, prefetch_factor=3).run(TOTAL)
         assert alone.trace == helped.trace
         assert_same_outcome(alone, helped)
@@ -155,7 +166,7 @@ class TestStreams:
             assert sum(event["excluded"] for event in events(alone.loader, "exclude")) > 0, "nothing was drawn anew"
 
     def test_closing_ends_the_workers_and_not_the_run(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        alone = Job(make_loader, blobs).run(TOTAL)
+        alone = undisturbed(make_loader)
         helped = Job(make_loader, blobs, num_workers=2)
         before = set(multiprocessing.active_children())
         for step in (5, 12, TOTAL):
@@ -183,20 +194,21 @@ class TestStreams:
         assert collect(spoil=True) == collect(spoil=False)
 
 
-@functools.cache
-def undisturbed(make_loader: MakeLoader) -> Job:
-    """Train through both passes, once for all tests that only look at it."""
-    return Job(make_loader, Blobs()).run(TOTAL)
-
-
 class TestResume:
-    @pytest.mark.parametrize("step", [0, 1, 6, 7, 13, 19, 20, 21, 34, 39])
+    @pytest.mark.parametrize("step", RESUMED)
     def test_resume_anywhere_is_the_same_run(self, make_loader: MakeLoader, blobs: Blobs, step: int) -> None:
         whole = undisturbed(make_loader)
-        saved = Job(make_loader, blobs).run(step).save()
-        resumed = Job(make_loader, blobs).load(saved).run(TOTAL)
+        resumed = Job(make_loader, blobs).load(whole.saved[step]).run(TOTAL)
         assert resumed.trace[step:] == whole.trace[step:]
         assert_same_outcome(resumed, whole)
+
+    def test_a_state_is_that_of_a_loop_that_is_left(self, make_loader: MakeLoader, blobs: Blobs) -> None:
+        left = Job(make_loader, blobs).run(7)
+        state = torch.load(io.BytesIO(undisturbed(make_loader).saved[7]), weights_only=True)
+        now = left.loader.state_dict()
+        for each in (state["loader"]["stats"], now["stats"]):
+            each.update({name: 0.0 for name in each if "seconds" in name})
+        assert str(now) == str(state["loader"])
 
     def test_resume_with_workers(self, make_loader: MakeLoader, blobs: Blobs) -> None:
         whole = Job(make_loader, blobs).run(STEPS)
@@ -229,7 +241,7 @@ class TestResume:
         assert str(state) == str(file["loader"])
 
     def test_going_back_within_a_loader(self, make_loader: MakeLoader, blobs: Blobs) -> None:
-        whole = Job(make_loader, blobs).run(TOTAL)
+        whole = undisturbed(make_loader)
         job = Job(make_loader, blobs).run(9)
         saved = job.save()
         job.run(31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import multiprocessing
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from conftest import SMALL, Batch, Blobs, make_crest, make_net, same, sgd, train_step
+from conftest import SMALL, Batch, Blobs, forkserver, make_crest, make_net, same, sgd, train_step
 from torchcrest import ConfigError, WeightedBatch
 from torchcrest.active import Draws
 from torchcrest.distributed import is_sharded, unwrapped
@@ -39,8 +40,19 @@ Job = Callable[[int, int], Any]
 
 def launch(job: Job, size: int, path: Path) -> list[Any]:
     """Run a job on each of some ranks; return what they return."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchcrest", "torch.distributed.fsdp", "torch._dynamo"])
+    process = forkserver().Process(target=_fork, args=(job, size, path))
+    process.start()
+    process.join(330)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _fork(job: Job, size: int, path: Path) -> None:
+    """Start the ranks from a process that has imported the job's module, for all of them, and done nothing else."""
+    gc.freeze()
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_process, args=(job, rank, size, path)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -50,7 +62,6 @@ def launch(job: Job, size: int, path: Path) -> list[Any]:
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in processes] == [0] * size
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def _process(job: Job, rank: int, size: int, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import BOUNDED, SMALL, Blobs, same
+from conftest import BOUNDED, SMALL, Blobs, forkserver, same
 from torchcrest.config import CrestConfig
 from torchcrest.errors import CheckpointError, ConfigError, DataError
 from torchcrest.train import run
@@ -317,8 +317,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     given = {"augment": True, "flip": True, "num_workers": 2, "epochs": 6, "budget": 0.75, "evaluations": 6}
     run = settings(f"npz:{tmp_path / 'images.npz'}", **given, crest=BOUNDED)
     assert train(run, tmp_path / "whole")["steps"] == 18
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchcrest.train.run"])
+    context = forkserver()
     for kill in KILLS:
         process = context.Process(target=die, args=(run, tmp_path / "killed", *kill))
         process.start()

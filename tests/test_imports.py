@@ -96,12 +96,18 @@ def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     assert outside - set(sys.stdlib_module_names) <= BOTTOM
 
 
-def test_importing_the_library_loads_nothing_of_the_command() -> None:
-    code = "import sys, torchcrest; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+def test_importing_loads_nothing_that_is_not_asked_for() -> None:
+    """The library nothing of the command, and the command no tracker."""
+    tell = "print(sorted({m.split('.')[0] for m in sys.modules}))"
+    code = f"import sys, torchcrest; {tell}; import torchcrest.cli; {tell}"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    library, command = told.splitlines()
     for name in ("rich", "jsonargparse", "matplotlib", "sklearn", "mnist1d", "lightning"):
-        assert f"'{name}'" not in loaded
-    assert "'torch'" in loaded
+        assert f"'{name}'" not in library
+    assert "'torch'" in library
+    for name in ("tensorboard", "trackio", "wandb", "codecarbon"):
+        assert f"'{name}'" not in command
+    assert "'jsonargparse'" in command
 
 
 def test_public_names() -> None:

@@ -114,11 +114,17 @@ def page_of(folder: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+@pytest.fixture(scope="module")
+def whole(runs: Path) -> tuple[str, Page]:
+    """The page about all of them."""
+    return page_of(runs)
+
+
 # The page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_stands_alone(runs: Path) -> None:
-    text, page = page_of(runs)
+def test_the_page_stands_alone(whole: tuple[str, Page]) -> None:
+    text, page = whole
     assert "http" not in text
     assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in page.tags}
     attributes = [(name, value or "") for _, each in page.tags for name, value in each.items()]
@@ -130,15 +136,15 @@ def test_the_page_stands_alone(runs: Path) -> None:
     assert len(text) < 1_000_000
 
 
-def test_a_hostile_name_is_text(runs: Path) -> None:
-    text, page = page_of(runs)
+def test_a_hostile_name_is_text(whole: tuple[str, Page]) -> None:
+    text, page = whole
     assert HOSTILE in page.text
     assert "<img" not in text
     assert f"{HOSTILE}, mlp, 2 seeds" in page.text
 
 
-def test_figures_have_a_name_and_words_for_who_does_not_see_them(runs: Path) -> None:
-    _, page = page_of(runs)
+def test_figures_have_a_name_and_words_for_who_does_not_see_them(runs: Path, whole: tuple[str, Page]) -> None:
+    _, page = whole
     figures = page.all("svg")
     assert len(figures) == len(page.all("figure")) == 1 + 3 + 4
     said = [figure["aria-label"] or "" for figure in figures]
@@ -148,8 +154,8 @@ def test_figures_have_a_name_and_words_for_who_does_not_see_them(runs: Path) -> 
     assert all(figure["role"] == "img" for figure in figures)
 
 
-def test_all_colours_are_the_page_s_in_light_and_in_dark(runs: Path) -> None:
-    text, _ = page_of(runs)
+def test_all_colours_are_the_page_s_in_light_and_in_dark(whole: tuple[str, Page]) -> None:
+    text, _ = whole
     style, body = text.split("</style>")
     light, dark = (set(re.findall(r"(--[\w-]+): #", each)) for each in style.split("prefers-color-scheme: dark"))
     assert light == dark
@@ -159,8 +165,8 @@ def test_all_colours_are_the_page_s_in_light_and_in_dark(runs: Path) -> None:
     assert len({MARKS[method] for method in METHODS}) == len(METHODS)
 
 
-def test_the_verdict_comes_first_and_crest_s_before_the_others(runs: Path) -> None:
-    _, page = page_of(runs)
+def test_the_verdict_comes_first_and_crest_s_before_the_others(whole: tuple[str, Page]) -> None:
+    _, page = whole
     order = ["crest 0.5 ", "infobatch 0.5 ", "full is the reference", "In numbers", "Accuracy over training"]
     order += ["What selection does", "Time to accuracy", "Settings", "torchcrest compare", "Read this with care"]
     body = page.text.split("takes.", 1)[1]
@@ -168,19 +174,18 @@ def test_the_verdict_comes_first_and_crest_s_before_the_others(runs: Path) -> No
     assert places == sorted(places)
 
 
-def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_bytes(runs: Path, whole: tuple[str, Page], tmp_path: Path) -> None:
     from matplotlib import rc_context
 
-    first = report(runs, tmp_path / "first.html").read_bytes()
     elsewhere = shutil.copytree(runs, tmp_path / "elsewhere")
     with rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": False}):
-        assert report(elsewhere, tmp_path / "new" / "second.html").read_bytes() == first
+        assert report(elsewhere, tmp_path / "new" / "second.html").read_text(encoding="utf-8") == whole[0]
 
 
-def test_random_data_for_equal_time_is_told_apart(runs: Path) -> None:
+def test_random_data_for_equal_time_is_told_apart(runs: Path, whole: tuple[str, Page]) -> None:
     rows = rows_of(collect(runs))
     assert [row.label for row in rows if row.extra] == ["random 0.75"]
-    _, page = page_of(runs)
+    _, page = whole
     assert "meet the others at equal time (1)" in page.text
     assert "| random 0.75 (for equal time) |" in table(runs, "md")
     assert "--budget 0.5 --seeds 0 1" in page.text

@@ -154,8 +154,8 @@ def test_the_budget_is_a_share_of_the_full_steps(
 def test_all_but_truncated_fit_the_schedule_into_their_steps(
     tmp_path: Path, blobs_file: str, method: str, schedule: str
 ) -> None:
-    train(settings(blobs_file, method=method, schedule=schedule, evaluations=50), tmp_path)
-    steps, length = {"full": (50, 50), "truncated": (20, 50)}.get(method, (20, 20))
+    train(settings(blobs_file, method=method, schedule=schedule, epochs=1, evaluations=25), tmp_path)
+    steps, length = {"full": (25, 25), "truncated": (10, 25)}.get(method, (10, 10))
     expected = [learning_rate(step, length, base=0.05, kind=schedule) for step in range(steps)]  # type: ignore[arg-type]
     assert [line["learning_rate"] for line in evaluations(tmp_path)] == expected
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -224,11 +223,3 @@ def test_names_all_that_are_unknown_or_missing(monkeypatch: pytest.MonkeyPatch) 
         refuse_missing(["trackio", "wand", "energy"], energy=True)
     found = [line.partition(" must")[0] for line in str(error.value).splitlines()]
     assert found == ["track", "track", "the package for trackio", "the package for energy"]
-
-
-def test_none_is_imported_unless_asked_for() -> None:
-    code = "import sys, torchcrest.cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "'jsonargparse'" in loaded
-    for name in ("tensorboard", "trackio", "wandb", "codecarbon"):
-        assert f"'{name}'" not in loaded

@@ -242,13 +242,16 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         want = f"be one of {', '.join(COMMANDS)}"
         raise ConfigError(must("command", want, arguments[0], suggest(arguments[0], COMMANDS)))
+    printing = [word for word in arguments if word.startswith("--print_config")]
     try:
-        first = _parser(_commands({})).parse_args([word for word in arguments if not word.startswith("--print_config")])
-        name = first[first.subcommand].get("preset")
+        commands = _commands({}, arguments)
+        parsed = _parser(commands).parse_args([word for word in arguments if word not in printing])
+        name = parsed[parsed.subcommand].get("preset")
         if name is not None:
             CrestConfig.preset(name)
-        commands = _commands(PRESETS[name] if name else {})
-        parsed = _parser(commands).parse_args(list(arguments))
+        if printing or name is not None:
+            commands = _commands(PRESETS[name] if name else {}, arguments)
+            parsed = _parser(commands).parse_args(list(arguments))
     except (ArgumentError, UnicodeDecodeError, TypeError, RuntimeError) as error:
         raise ConfigError(_explain(str(error), arguments)) from error
     # The parser takes null, in a file, for anything; the settings inside others refuse it themselves.
@@ -268,16 +271,21 @@ def _parser(commands: dict[str, ArgumentParser]) -> ArgumentParser:
     return parser
 
 
-def _commands(crest_defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
-    """Return a parser for each command; a preset's settings are the defaults of --crest."""
-    return {
-        "train": _train_parser(crest_defaults),
-        "compare": _compare_parser(crest_defaults),
-        "ablate": _ablate_parser(crest_defaults),
-        "report": _report_parser(),
-        "explain": _explain_parser(),
-        "select": _select_parser(),
+def _commands(crest_defaults: dict[str, Any], arguments: Sequence[str]) -> dict[str, ArgumentParser]:
+    """Return a parser for the command that is named first, or for each: one with all settings takes a while to build.
+
+    A preset's settings are the defaults of --crest.
+    """
+    parsers: dict[str, Callable[[], ArgumentParser]] = {
+        "train": lambda: _train_parser(crest_defaults),
+        "compare": lambda: _compare_parser(crest_defaults),
+        "ablate": lambda: _ablate_parser(crest_defaults),
+        "report": _report_parser,
+        "explain": _explain_parser,
+        "select": _select_parser,
     }
+    named = [name for name in arguments[:1] if name in parsers]
+    return {name: parsers[name]() for name in named or parsers}
 
 
 def _train_parser(crest_defaults: dict[str, Any]) -> ArgumentParser:
@@ -392,8 +400,7 @@ def _without_markup(parser: ArgumentParser) -> ArgumentParser:
 
 def _explain(message: str, arguments: Sequence[str]) -> str:
     """Put the parser's words into ours."""
-    parsers = _commands({})
-    actions = parsers.get(arguments[0] if arguments else "train", parsers["train"])._actions
+    actions = next(iter(_commands({}, arguments).values()))._actions
     pattern = r'Parser key "([\w.]+)".*?(?:Expected an? ([^\n]+?)\. Got|Subtypes: ([^\n]+).*\n *Given) value: (.*)'
     if found := re.search(pattern, message, re.DOTALL):
         name, kind, got = found[1], found[2] or found[3], found[4]

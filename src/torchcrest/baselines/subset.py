@@ -179,7 +179,7 @@ class SubsetLoader(Passes, Generic[Config]):
         loader: DataLoader[Any] = DataLoader(
             seeded,
             batch_sampler=[part.tolist() for part in parts],
-            num_workers=reading.num_workers,
+            num_workers=min(reading.num_workers, len(parts)),  # more would have nothing to read
             collate_fn=collate,
             pin_memory=reading.pin_memory,
             prefetch_factor=reading.prefetch_factor,
