@@ -266,8 +266,38 @@ def test_what_was_not_kept_cannot_be_told(crest: Path, runs: Path) -> None:
     (crest / "examples.npz").unlink()
     with pytest.raises(ConfigError, match=r"must hold examples.npz, .*--difficulty true"):
         explain(crest)
-    with pytest.raises(ConfigError, match=r"must be the folder of one run, got '2 runs'. Name one of them: \w+"):
+    with pytest.raises(ConfigError, match=r"must be the folder of one run, got '2 runs'. Name one of them: .*random, "):
         explain(runs)
+
+
+def test_runs_that_cannot_be_compared_are_named_too(runs: Path, crest: Path) -> None:
+    shutil.copytree(runs / "random", crest.parent / "random")
+    config = RunFiles(crest).read_config()
+    RunFiles(crest).write_config(config | {"batch_size": 99})
+    with pytest.raises(ConfigError, match=f"got '2 runs'. Name one of them: {crest.parent / 'random'}, {crest}\\.$"):
+        explain(crest.parent)
+
+
+def test_a_run_is_told_whatever_else_its_folder_holds(runs: Path, crest: Path) -> None:
+    expected = said([*explain(crest), *story(crest, 7)])
+    shutil.copytree(runs / "crest", crest / "again")
+    assert said([*explain(crest), *story(crest, 7)]) == expected
+
+
+def test_a_folder_of_a_single_run_tells_it(crest: Path) -> None:
+    assert explain(crest.parent) == explain(crest)
+    assert story(crest.parent, 7) == story(crest, 7)
+
+
+def test_learned_examples_are_not_said_to_be_never_learned(runs: Path) -> None:
+    scores = read_scores(runs / "crest")
+    assert scores is not None
+    never = int((~scores["ever_learned"] & (scores["seen"] > 0)).sum())
+    part = explain(runs / "crest", never + 5)
+    title = next(line for line in part if line.startswith("Suspected"))
+    assert title == "Suspected label errors: those never learned first, then by mean loss:"
+    suspects = part[part.index(title) + 1 :]
+    assert ["never learned" in line for line in suspects] == [True] * never + [False] * 5
 
 
 def test_texts_are_shown(texts: Path) -> None:

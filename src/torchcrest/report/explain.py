@@ -12,7 +12,7 @@ import numpy as np
 
 from torchcrest.config import steps_of
 from torchcrest.errors import ConfigError, DataError, must
-from torchcrest.train.collect import Finished, collect
+from torchcrest.train.collect import Finished, only_run
 from torchcrest.train.files import blocked, replacing
 from torchcrest.train.scores import COLUMNS, Scores, read_log, read_scores, shown_of
 from torchcrest.train.sources import optional
@@ -56,7 +56,7 @@ def explain(folder: Path, count: int = LISTED) -> list[str]:
     ends = scores.ends(count)
     titles = {"most": "Most selected", "least": "Least selected"}
     for key, rows in [*ends.items(), ("suspects", scores.suspects(count))]:
-        title = titles.get(key, "Suspected label errors: always a high loss, never learned")
+        title = titles.get(key, "Suspected label errors: those never learned first, then by mean loss")
         lines += ["", f"{title}:", *(_line(scores, row) for row in rows.tolist())]
     return lines
 
@@ -73,7 +73,7 @@ def story(folder: Path, example: int) -> list[str]:
         DataError: a file of the run is damaged.
     """
     run, scores = _run(folder)
-    log = read_log(folder)
+    log = read_log(run.folder)
     if log is None:
         do = "Train with --difficulty true --picks true."
         raise ConfigError(must(str(folder), "hold picks.npz, the log that tells it", "none", do))
@@ -189,14 +189,11 @@ def _draw(pictures: Any, titles: Sequence[str], path: Path) -> None:
 
 
 def _run(folder: Path) -> tuple[Finished, Scores]:
-    runs = collect(folder).runs
-    if len(runs) > 1:
-        do = f"Name one of them: {', '.join(run.name for run in runs[:3])}, ..."
-        raise ConfigError(must(str(folder), "be the folder of one run", f"{len(runs)} runs", do))
-    scores = read_scores(runs[0].folder)
+    run = only_run(folder)
+    scores = read_scores(run.folder)
     if scores is None:
         raise ConfigError(must(str(folder), "hold examples.npz, a record of its examples", "none", RECORD))
-    return runs[0], scores
+    return run, scores
 
 
 def _refuse_no_place(name: str, path: Path) -> None:

@@ -12,7 +12,7 @@ from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.train.files import RunFiles
 from torchcrest.train.methods import CONFIGS, METHODS
 
-__all__ = ["Collected", "Finished", "collect"]
+__all__ = ["Collected", "Finished", "collect", "only_run"]
 
 AGAIN = "Move the run's folder away and run it again."
 # Of config.yaml: what tells the runs of a comparison apart, and what changes only how fast they are.
@@ -81,6 +81,35 @@ def collect(folder: Path) -> Collected:
             the same one twice.
         DataError: a file of a finished run is damaged or lost.
     """
+    found = _find(folder)
+    if problems := [*_differing(found.runs), *_twice(found.runs)]:
+        raise ConfigError(problems)
+    return found
+
+
+def only_run(folder: Path) -> Finished:
+    """Read one run: the folder's own, or the only one in it.
+
+    Args:
+        folder: of a run, or holds a single one; what lies beside a run in its own folder is not looked at.
+
+    Raises:
+        ConfigError: there is no finished run, or several.
+        DataError: a file of the run is damaged or lost.
+    """
+    files = RunFiles(folder)
+    if files.finished():
+        return _read(files)
+    runs = _find(folder).runs
+    if len(runs) > 1:
+        some = ", ".join(str(run.folder) for run in runs[:3])
+        do = f"Name one of them: {some}{', ...' if len(runs) > 3 else '.'}"
+        raise ConfigError(must(str(folder), "be the folder of one run", f"{len(runs)} runs", do))
+    return runs[0]
+
+
+def _find(folder: Path) -> Collected:
+    """Read all runs, whether or not they can be compared."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing there"
         raise ConfigError(must(str(folder), "be a folder of runs", got, "Give the --out of torchcrest compare."))
@@ -92,10 +121,7 @@ def collect(folder: Path) -> Collected:
     if len(unfinished) == len(begun):
         do = "Give the same torchcrest compare once more: it goes on with them."
         raise ConfigError(must(str(folder), "hold finished runs", f"only begun ones: {', '.join(unfinished)}", do))
-    runs = sorted((_read(each) for each in begun if each.finished()), key=_place)
-    if problems := [*_differing(runs), *_twice(runs)]:
-        raise ConfigError(problems)
-    return Collected(runs, unfinished)
+    return Collected(sorted((_read(each) for each in begun if each.finished()), key=_place), unfinished)
 
 
 def _place(run: Finished) -> tuple[int, float, int]:
