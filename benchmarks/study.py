@@ -122,8 +122,8 @@ def pairs(data: Path, folder: Path) -> None:
 
 STUDIES = {
     "glyphs": Study(lambda data, _: glyphs(data), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
-    "noise20": Study(permuted(0.2), "cnn", 4690, "mlp", (0.05, 0.1, 0.2, 0.4)),
-    "noise40": Study(permuted(0.4), "cnn", 4690, "mlp", (0.05, 0.1, 0.2, 0.4)),
+    "noise20": Study(permuted(0.2), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
+    "noise40": Study(permuted(0.4), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
     "imbalance": Study(imbalanced, "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
     "duplicates": Study(duplicated, "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
     "mnist1d": Study(None, "conv1d", 9375, None, (0.1, 0.2, 0.4)),
@@ -133,7 +133,7 @@ STUDIES = {
 # What CREST is in the study, by name.
 RECIPES = {
     "default": CrestConfig(),
-    "paper": CrestConfig(pool_size=640, weight_power=1.0, renew=None, max_overhead=None, curvature="signed"),
+    "small proxy": CrestConfig(proxy_source="model", check="none", pool_size=512, weight_power=1.0),
 }
 
 
