@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 from torchcrest import Crest, CrestConfig
@@ -115,9 +116,9 @@ def cost(task: Any, model: str, config: CrestConfig, steps: int, seed: int, rate
 
 
 def main() -> None:
-    """Measure, write a JSON line a figure, and print tables."""
+    """Measure, draw, or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task")
+    parser.add_argument("task", nargs="?", help="left out: only draw what is in --out")
     parser.add_argument("--model", default="cnn")
     parser.add_argument("--steps", type=int, default=469)
     parser.add_argument("--at", type=int, nargs="+", default=[50, 200, 469])
@@ -127,7 +128,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--pair-steps", type=int, default=60)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figure", type=Path, help="a .png of what proxies say against what whole gradients say")
     args = parser.parse_args()
+    if args.task:
+        measure(args)
+    if args.figure:
+        draw(args.out, args.figure)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure, write a JSON line a figure, and print tables."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     shared = {"task": args.task.rpartition("/")[2], "model": args.model, "commit": commit, "torch": torch.__version__}
@@ -182,6 +192,24 @@ def main() -> None:
                 rank = spearman(*([each[k][key] for each in table.values()] for k in (0, 1)))
                 write(step=step, rank_correlation=key, value=rank)
                 print(f"Spearman, {key}: {rank:.2f}", flush=True)
+
+
+def draw(results: Path, path: Path) -> None:
+    """Draw bias and deviation of all ways to pick, by proxies and by whole gradients."""
+    rows = [row for row in map(json.loads, results.read_text().splitlines()) if "variant" in row]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("deviation", "bias"), strict=True):
+        for step, mark in zip(sorted({row["step"] for row in rows}), "osD^v", strict=False):
+            some = [row for row in rows if row["step"] == step]
+            x, y = ([row[kind][key] for row in some] for kind in ("proxies", "whole"))
+            axes.plot(x, y, mark, mfc="none", label=f"step {step}")
+        most = max(*axes.get_xlim(), *axes.get_ylim())
+        axes.plot([0, most], [0, most], color="0.7", lw=0.8, zorder=0)
+        axes.set(xlim=(0, most), ylim=(0, most), title=f"{key} of coresets", xlabel="by proxy gradients")
+        axes.set_ylabel("by whole gradients")
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle("in standard deviations of a random batch of m", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def _written(value: float | None, key: str) -> str:
