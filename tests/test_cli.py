@@ -123,7 +123,7 @@ BAD = {
     "BLOBS --preset cifar": "preset must be one of .*Did you mean cifar10",
     "BLOBS --budget 0": r"budget must be in \(0, 1\], got 0.0",
     "BLOBS --budget lots": "budget must be a number, got 'lots'",
-    "BLOBS --epochs lots": "epochs must be a number, got 'lots'",
+    "BLOBS --epochs lots": "epochs must be a number or null, got 'lots'",
     "BLOBS --epochs 0": "epochs must be above 0",
     "BLOBS --batch_size 0": "batch_size must be above 0|batch_size must be a whole number of at least 1",
     "BLOBS --learning_rate -0.1": "learning_rate must be above 0",

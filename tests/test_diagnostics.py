@@ -290,12 +290,28 @@ def test_a_gauge_weighs_groups_by_their_freedom_and_their_age() -> None:
     gauge.add(*group(1, 0))
     gauge.read()
     assert gauge.tell([0.0] * 5, Stats()) is None, "a single pool shows no variance"
-    groups = [group(5, 1), group(2, 2)]
+    groups = [group(5, 1), group(8, 2)]
     for each in (groups[0], group(3, 3, torch.inf), group(3, 3, 0.0), groups[1]):
         gauge.add(*each)
     gauge.read()
     expected = running([(len(each[0]) - 1, estimates(*means_of(*each), 48)) for each in groups])
     assert gauge.numbers() == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_pools_of_few_dimensions_say_nothing() -> None:
+    gauge = Gauge(SMALL)
+    gauge.add(*group(7, 1))  # 6 degrees of freedom in each of 3 dimensions
+    gauge.read()
+    assert gauge.numbers() == [0.0] * 4
+    gauge.add(*group(2, 2))
+    gauge.read()
+    assert gauge.numbers() == [0.0] * 4, "the older ones count less: 0.9 * 18 + 3 are below 20"
+    restored = Gauge(SMALL)
+    restored.load_state_dict(gauge.state_dict())
+    for each in (gauge, restored):
+        each.add(*group(3, 3))
+        each.read()
+        assert each.numbers()[3] > 0, "0.81 * 18 + 0.9 * 3 + 6 are above"
 
 
 def test_a_gauge_tells_and_keeps_means() -> None:
@@ -339,7 +355,7 @@ def test_crest_tells_of_the_coresets_it_picks(
             seen.append((len(pools) - 1, estimates(*means_of(pools, rows, weights), config.pool_size)))
 
     monkeypatch.setattr(Gauge, "add", spy)
-    crest = make_crest(model := make_net(), blobs, config=config, steps=60)
+    crest = make_crest(model := make_net(), blobs, config=replace(config, exclude=False), steps=120)
     optimizer, told = sgd(model), 0
     for batch in crest:
         said = events(crest, "quality")
@@ -373,7 +389,7 @@ def test_the_cost_of_a_coreset_s_step(blobs: Blobs) -> None:
 def test_nothing_changes_without_diagnostics(blobs: Blobs) -> None:
     def run(on: bool) -> tuple[Crest, Any]:
         model = make_net()
-        crest = make_crest(model, blobs, config=replace(BOUNDED, diagnostics=on), steps=25)
+        crest = make_crest(model, blobs, config=replace(BOUNDED, diagnostics=on), steps=60)
         return crest, train_pass(model, crest)
 
     (with_, trace), (without, other) = run(True), run(False)

@@ -394,7 +394,8 @@ def _without_markup(parser: ArgumentParser) -> ArgumentParser:
         for name in ("help", "title", "description"):
             text = getattr(item, name, None)
             if isinstance(text, str):
-                setattr(item, name, re.sub(r":\w+:`([\w.]+\.)?(\w+)`", r"\2", text).replace("``", ""))
+                words = re.sub(r":\w+:`([\w.]+\.)?(\w+)`", r"\2", text).replace("``", "")
+                setattr(item, name, re.sub(r"\bNone\b", "null", words))  # as it is written here
     return parser
 
 
@@ -408,6 +409,7 @@ def _explain(message: str, arguments: Sequence[str]) -> str:
         if choices:
             return must(name, f"be one of {', '.join(choices)}", got, suggest(got, choices))
         plain = next((words for word, words in KINDS.items() if word in kind), kind)
+        plain += " or null" if "None" in kind else ""
         return must(name, f"be {plain}", got, "See --help.")
     if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         flag = found[1].partition("=")[0]

@@ -42,6 +42,7 @@ __all__ = [
 # to the variance of single examples, and in that.
 MEMORY = (0.5, 0.9, 0.9, 0.5)
 MEANS = ("effective_batch_size", "pay_off", "bounded")  # of which the run's stats keep means over training
+ENOUGH = 20  # degrees of freedom of an estimated variance: with fewer its spread is above a third
 TOLERATED = 1 / 3  # bias, relative to the gradient's norm
 
 
@@ -167,11 +168,13 @@ class Gauge:
         self._m, self._r = config.batch_size, config.pool_size
         self._sums, self._weights = [0.0] * 4, [0.0] * 4
         self._unread: list[tuple[int, Tensor]] = []
+        self._dimensions = 1  # of proxy gradients
         self._told: dict[str, int] = {}
 
     def add(self, pools: Sequence[Pool], rows: Tensor, weights: Tensor) -> None:
         """Take a group of pools and their coresets. Does not wait for the device."""
         if len(pools) > 1 and self._r > 1:
+            self._dimensions = pools[0].gradients.shape[1]
             self._unread.append((len(pools) - 1, estimates(*means_of(pools, rows, weights), self._r)))
 
     def read(self) -> None:
@@ -189,8 +192,8 @@ class Gauge:
         self._unread.clear()
 
     def numbers(self) -> list[float]:
-        """Return the four estimates, as :func:`estimates` does; zeros before there are any."""
-        if not self._weights[0]:
+        """Return the four estimates, as :func:`estimates` does; zeros before there is enough to estimate them from."""
+        if self._weights[2] * self._dimensions < ENOUGH:
             return [0.0] * 4
         means = [total / weight for total, weight in zip(self._sums, self._weights, strict=True)]
         gradient, bias, variance, single = means
@@ -226,11 +229,17 @@ class Gauge:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums."""
-        return {"sums": [*self._sums], "weights": [*self._weights], "told": dict(self._told)}
+        return {
+            "sums": [*self._sums],
+            "weights": [*self._weights],
+            "dimensions": self._dimensions,
+            "told": dict(self._told),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the running sums."""
         self._sums, self._weights = list(map(float, state["sums"])), list(map(float, state["weights"]))
+        self._dimensions = int(state["dimensions"])
         self._told = {name: int(count) for name, count in state["told"].items()}
 
 

@@ -64,9 +64,10 @@ class Scores:
     def ends(self, count: int) -> dict[str, Array]:
         """Return positions of the examples at the ends: most and least selected of those there was a choice about."""
         chosen = "picked" if self["pooled"].any() else "trained"
-        order = np.lexsort((np.arange(len(self)), -self["weight"], -self[chosen].astype(np.int64)))
-        known = order[self["seen"][order] > 0]
-        return {"most": known[:count], "least": known[::-1][:count]}
+        times, places, known = self[chosen].astype(np.int64), np.arange(len(self)), self["seen"] > 0
+        most = np.lexsort((places, -self["weight"], -times))
+        least = np.lexsort((places, self["weight"], -self["pooled"].astype(np.int64), times))  # often passed over
+        return {"most": most[known[most]][:count], "least": least[known[least]][:count]}
 
     def suspects(self, count: int) -> Array:
         """Return positions of the examples whose labels are most likely wrong, the likeliest first.
