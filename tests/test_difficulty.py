@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +23,7 @@ from conftest import (
     Blobs,
     MakeLoader,
     events,
+    hand_over,
     make_crest,
     make_history,
     make_net,
@@ -313,12 +313,8 @@ def test_a_resumed_run_keeps_the_same_record(make: MakeLoader, blobs: Blobs, sto
     go(*whole, None)
     first = fresh()
     go(*first, stop)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in first], file)
-    file.seek(0)
     again = fresh()
-    for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
+    hand_over(first, again)
     go(*again, None)
     assert contents(recorded(again[2])) == contents(recorded(whole[2]))
 

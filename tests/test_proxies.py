@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from conftest import (
     Blobs,
     R,
     batch,
+    hand_over,
     make_apprentice,
     make_bounded,
     make_history,
@@ -335,12 +335,8 @@ class TestCoarse:
         stream = go(whole, 30)
         half = begin()
         assert go(half, 13) == stream[:13]
-        file = io.BytesIO()
-        torch.save([part.state_dict() for part in half], file)
-        file.seek(0)
         resumed = begin()
-        for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
-            part.load_state_dict(state)
+        hand_over(half, resumed)
         assert go(resumed, 17) == stream[13:]
         assert same(parameters_of(resumed[0]), parameters_of(whole[0]))
 

@@ -234,9 +234,7 @@ class _Run:
     def _proxy(self) -> nn.Module | None:
         """Build the small model that CREST measures, if one is named."""
         s = self.settings
-        if s.proxy_model is None or s.method != "crest" or s.crest.proxy_source != "model":
-            return None
-        return self.task.build(s.proxy_model, s.seed).to(self.device)
+        return None if s.proxy_model is None else self.task.build(s.proxy_model, s.seed).to(self.device)
 
     def go(self) -> dict[str, Any]:
         """Train, with random states of the run's own."""
