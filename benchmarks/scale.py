@@ -104,7 +104,7 @@ def grow(examples: int, steps: int, repeat: int) -> dict[str, Any]:
     train(crest, model, lambda: stamps.append(time.thread_time()))
     regions = [(b - a) / REGION for a, b in pairwise(stamps[1 : steps - REGION : REGION])]
     close = time.thread_time()
-    crest._active.close_interval(config.learned_loss, config.pool_size)
+    crest._active.close_interval(config.learned_loss, config.pool)
     close = time.thread_time() - close
     return {
         "examples": examples,

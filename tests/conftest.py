@@ -78,6 +78,10 @@ SMALL = CrestConfig(
     max_overhead=None,
     overhead_in="counted",
     renew=None,
+    check="paired",
+    proxy_source="forward",
+    label_noise=None,
+    quotas="share",
     measured_together=48,
 )
 # A bound that pays for some of the coresets only, and random batches between them; two to a pool, and some over.
@@ -155,6 +159,12 @@ def make_apprentice(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: An
     return make_bounded(model, dataset, config=config, steps=steps, proxy_model=copy.deepcopy(model), **kw)
 
 
+def make_auto(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> Crest:
+    """Build a `Crest` that makes itself a small model, and picks by how many labels are wrong."""
+    config = replace(BOUNDED, proxy_source="auto", label_noise="estimated", quotas="need", pool_size=64)
+    return make_bounded(model, dataset, config=config, steps=steps, **kw)
+
+
 def make_random(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any) -> RandomBatches:
     """Build `RandomBatches` of the same size."""
     return RandomBatches(model, dataset, SMALL.batch_size, steps=steps, **kw)
@@ -185,7 +195,7 @@ def make_infobatch(model: nn.Module, dataset: Any, *, steps: int = 20, **kw: Any
 
 
 MakeLoader = Callable[..., Passes]
-CRESTS = [make_crest, make_bounded, make_reusing, make_history, make_apprentice]
+CRESTS = [make_crest, make_bounded, make_reusing, make_history, make_apprentice, make_auto]
 LOADERS = [*CRESTS, make_random, make_craig, make_gradmatch, make_glister, make_infobatch]
 
 

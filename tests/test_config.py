@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 # Setting, values out of range, what the message says the setting must be.
 BAD: list[tuple[str, list[Any], str]] = [
     ("batch_size", [0, -1, 1.5, True, "8", None], "a whole number of at least 1"),
-    ("pool_size", [0, 2.0, None], "a whole number of at least 1"),
+    ("pool_size", [0, 2.0], "a whole number of at least 1"),
     ("pool_size", [127], "at least batch_size = 128"),
     ("tolerance", [0, -0.1, NAN, INF, "x", None, True], "a number above 0"),
     ("interval_scale", [0, -1, INF], "a number above 0"),
@@ -36,7 +36,9 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("learned_interval", [0, -1, True], "a whole number of at least 1"),
     ("learned_interval", [0.0, 1.1, NAN, "x", None], r"steps \(a whole number\) or a share in \(0, 1\]"),
     ("weight_power", [-1, NAN, INF], "a number of at least 0"),
+    ("label_noise", [-0.1, 1.1, NAN, "guess", True], r"'estimated', a share in \[0, 1\], or None"),
     ("stratify", [1, "yes"], "True or False"),
+    ("quotas", ["equal", True], "one of share, need"),
     ("diagnostics", [1, "yes"], "True or False"),
     ("proxy", ["logits"], "one of outputs, last_layer"),
     ("measure_mode", ["train"], "one of eval, batch_statistics"),
@@ -48,7 +50,7 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("forward_cost", [0, -1, NAN, None], "a number above 0"),
     ("derivative_cost", [0, -1, NAN], "a number above 0"),
     ("renew", [0, 1.5, True], "a whole number of at least 1"),
-    ("proxy_source", ["guess", None], "one of forward, history, model, resolution"),
+    ("proxy_source", ["guess", None], "one of auto, forward, history, model, resolution"),
     ("history_age", [0, True], "a whole number of at least 1"),
     ("history_age", [0.0, 1.1, None], r"steps \(a whole number\) or a share in \(0, 1\]"),
     ("history_bytes", [0, 1e9], "a whole number of at least 1"),
@@ -57,7 +59,7 @@ BAD: list[tuple[str, list[Any], str]] = [
 ]
 GOOD: list[tuple[str, list[Any]]] = [
     ("batch_size", [1, 256]),
-    ("pool_size", [128]),
+    ("pool_size", [128, None]),
     ("tolerance", [1e-9, 10, 1]),
     ("gradient_decay", [0, 0.0, 0.999]),
     ("curvature_coresets", [None, 1, 1000]),
@@ -74,7 +76,8 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("max_overhead", [None, 0.01, 3]),
     ("derivative_cost", [None, 2]),
     ("renew", [None, 1]),
-    ("proxy_source", ["forward", "history", "model", "resolution"]),
+    ("label_noise", [0, 0.4, 1.0, None, "estimated"]),
+    ("proxy_source", ["auto", "forward", "history", "model", "resolution"]),
     ("history_age", [1, 1.0]),
     ("resolution", [1, 0.1]),
 ]
@@ -144,7 +147,7 @@ class TestPresets:
     @pytest.mark.parametrize("name", PAPER)
     def test_paper(self, name: str) -> None:
         config = CrestConfig.preset(name)
-        assert (config.tolerance, config.interval_scale, config.pool_size, config.batch_size) == PAPER[name]
+        assert (config.tolerance, config.interval_scale, config.pool, config.batch_size) == PAPER[name]
         assert config.coresets_per_step == 5
         assert (config.learned_loss, config.learned_interval) == (0.1, 0.1)
         assert (config.gradient_decay, config.curvature_decay) == (0.9, 0.999)
@@ -161,7 +164,7 @@ class TestPresets:
 
     def test_overrides(self) -> None:
         config = CrestConfig.preset("cifar10", tolerance=0.5, pool_size=256)
-        assert (config.tolerance, config.pool_size, config.batch_size) == (0.5, 256, 128)
+        assert (config.tolerance, config.pool, config.batch_size) == (0.5, 256, 128)
         assert PRESETS["cifar10"]["tolerance"] == 0.05
 
     def test_overrides_are_checked(self) -> None:

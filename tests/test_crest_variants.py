@@ -24,6 +24,7 @@ VARIANTS: dict[str, list[Any]] = {
     "check": ["paired", "none"],
     "proxy": ["outputs", "last_layer"],
     "stratify": [True, False],
+    "quotas": ["share", "need"],
     "exclude": [True, False],
     "weight_power": [0.0, 0.5, 1.0],
     "measure_mode": ["eval", "batch_statistics"],

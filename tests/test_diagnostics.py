@@ -61,8 +61,7 @@ def points(n: int) -> Tensor:
 
 def estimated(pools: Sequence[Tensor], power: float = 1.0) -> Tensor:
     made = [Pool(torch.arange(len(p)), None, torch.zeros(len(p)), p) for p in pools]
-    config = CrestConfig(batch_size=M, pool_size=len(pools[0]), weight_power=power)
-    rows, weights = pick(made, None, config)
+    rows, weights = pick(made, None, M, power)
     return estimates(*means_of(made, rows, weights), len(pools[0]))
 
 
@@ -170,7 +169,7 @@ def test_every_order_of_the_data_gives_the_expectation(power: float, monkeypatch
 
 def test_proxies_are_measured_on_the_same_coresets() -> None:
     data, _, proxies = regression(40)
-    config = CrestConfig(batch_size=M, pool_size=8)
+    config = CrestConfig(batch_size=M, pool_size=8, label_noise=None)
     found = gradient_qualities(Line(), data, {"a": config}, draws=5, objective=Regression(), seed=4)["a"].proxies
     rows = [torch.randperm(40, generator=stream(4, "quality", k))[:8] for k in range(5)]
     gradient, bias, variance, single = estimated([proxies[each].float() for each in rows], 0.5).tolist()
@@ -268,7 +267,7 @@ def group(size: int, seed: int, scale: float = 1.0) -> tuple[list[Pool], Tensor,
         Pool(torch.arange(48), None, torch.zeros(48), scale * torch.randn(48, 3, generator=generator))
         for _ in range(size)
     ]
-    return pools, *pick(pools, None, SMALL)
+    return pools, *pick(pools, None, SMALL.batch_size, SMALL.weight_power)
 
 
 def running(groups: Sequence[tuple[int, Tensor]]) -> list[float]:
@@ -352,7 +351,7 @@ def test_crest_tells_of_the_coresets_it_picks(
     def spy(gauge: Gauge, pools: Sequence[Pool], rows: Tensor, weights: Tensor) -> None:
         add(gauge, pools, rows, weights)
         if len(pools) > 1:
-            seen.append((len(pools) - 1, estimates(*means_of(pools, rows, weights), config.pool_size)))
+            seen.append((len(pools) - 1, estimates(*means_of(pools, rows, weights), config.pool)))
 
     monkeypatch.setattr(Gauge, "add", spy)
     crest = make_crest(model := make_net(), blobs, config=replace(config, exclude=False), steps=120)
@@ -363,7 +362,7 @@ def test_crest_tells_of_the_coresets_it_picks(
             told = len(said)
             gradient, bias, variance, single = running(seen)
             expected = GradientQuality(
-                config.batch_size, config.pool_size, gradient, bias, variance, single / 16, single / config.pool_size
+                config.batch_size, config.pool, gradient, bias, variance, single / 16, single / config.pool
             )
             for name, value in expected.to_dict().items():
                 assert said[-1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

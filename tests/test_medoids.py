@@ -140,15 +140,16 @@ class TestBatch:
     @pytest.mark.parametrize("with_features", [False, True])
     @pytest.mark.parametrize("with_labels", [False, True])
     @pytest.mark.parametrize("chunk", [1, 3000, 1 << 24])
+    @pytest.mark.parametrize("shared", [False, True])
     def test_pools_are_solved_one_by_one(
-        self, monkeypatch: pytest.MonkeyPatch, with_features: bool, with_labels: bool, chunk: int
+        self, monkeypatch: pytest.MonkeyPatch, with_features: bool, with_labels: bool, chunk: int, shared: bool
     ) -> None:
         # The function hides the module of the same name.
         monkeypatch.setattr(sys.modules["torchcrest.solvers.medoids"], "CHUNK", chunk)
         gradients = points(7 * 50).view(7, 50, 3)
         features = points(7 * 50, 5, seed=1).view(7, 50, 5) if with_features else None
         labels = torch.randint(6, (7, 50), generator=torch.Generator().manual_seed(0)) if with_labels else None
-        rows, sizes = medoids(gradients, 17, labels, features)
+        rows, sizes = medoids(gradients, 17, labels, features, shared=shared)
         for p in range(7):
             part = slice(p, p + 1)
             alone = medoids(
@@ -156,6 +157,7 @@ class TestBatch:
                 17,
                 None if labels is None else labels[part],
                 None if features is None else features[part],
+                shared=shared,
             )
             assert torch.equal(rows[part], alone[0])
             assert torch.equal(sizes[part], alone[1])
@@ -254,7 +256,49 @@ class TestWeigh:
             assert torch.equal(weigh(torch.ones(m, dtype=torch.int64), 0.5), torch.ones(m))
 
 
-def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch) -> None:
+class TestByNeed:
+    """Greedy facility location on the whole pool, where nobody represents anybody of another class."""
+
+    @given(
+        counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+        seed=st.integers(0, 2**20),
+        layer=st.booleans(),
+        data=st.data(),
+    )
+    @settings(max_examples=40)
+    def test_as_good_as_the_slow_way(self, counts: Counts, seed: int, layer: bool, data: st.DataObject) -> None:
+        n = sum(counts)
+        m = data.draw(st.integers(1, n))
+        gradients, labels = points(n, seed=seed), labels_of(counts, seed)
+        features = points(n, 4, seed=seed + 1) if layer else None
+        one = None if features is None else features.unsqueeze(0)
+        rows, sizes = medoids(gradients.unsqueeze(0), m, labels.unsqueeze(0), one, shared=False)
+        whole = gradients if features is None else reference.layer_gradients(gradients, features, True)
+        far = 2 * whole.norm(dim=1).max()
+        similarity = ((far - reference.distances(whole, whole)) * (labels.unsqueeze(1) == labels)).tolist()
+        # The last two of a class add the same, so the picks themselves may differ.
+        best = reference.value(similarity, reference.greedy(similarity, m))
+        assert reference.value(similarity, rows[0].tolist()) == pytest.approx(best, rel=1e-9)
+        assert rows[0].tolist() == sorted(set(rows[0].tolist()))
+        assert int(sizes.sum()) == n
+
+    def test_classes_that_are_all_alike_get_one(self) -> None:
+        gradients = torch.cat([torch.zeros(20, 2), 5 + points(10, 2).float()]).unsqueeze(0)
+        labels = torch.tensor([0] * 20 + [1] * 10).unsqueeze(0)
+        rows, sizes = medoids(gradients, 9, labels, shared=False)
+        assert rows[0].tolist()[0] == 0
+        assert rows[0].tolist()[1] >= 20
+        assert sizes[0].tolist()[0] == 20
+        assert (medoids(gradients, 9, labels)[0] < 20).sum() == 6, "its share"
+
+    def test_without_labels_there_is_nothing_to_share(self) -> None:
+        gradients = points(60).view(2, 30, 3)
+        for shared, one in zip(medoids(gradients, 7), medoids(gradients, 7, shared=False), strict=True):
+            assert torch.equal(shared, one)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     """Whole numbers on a line, so that sums are exact and ties are ties in both ways."""
     gradients = torch.randint(0, 10_000, (2, 1300, 1), generator=torch.Generator().manual_seed(0)).float()
     labels = (torch.arange(1300) % 20 == 0).long().expand(2, -1)
@@ -266,11 +310,11 @@ def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch) -
         return lazy(similarity, budget)
 
     monkeypatch.setattr(facility, "_lazy", counted)
-    rows, sizes = medoids(gradients, 60, labels)
+    rows, sizes = medoids(gradients, 60, labels, shared=shared)
     assert calls == [1235, 1235]
     monkeypatch.setattr(facility, "LAZY_FROM", 10_000)
     monkeypatch.setattr(sys.modules["torchcrest.solvers.medoids"], "LAZY_FROM", 10_000)
-    naive = medoids(gradients, 60, labels)
+    naive = medoids(gradients, 60, labels, shared=shared)
     assert calls == [1235, 1235]
     assert torch.equal(rows, naive[0])
     assert torch.equal(sizes, naive[1])
@@ -278,15 +322,16 @@ def test_a_large_class_is_solved_the_lazy_way(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("held", [5_000, 700, 64], ids=["classes", "members", "few"])
 @pytest.mark.parametrize("layer", [False, True], ids=["outputs", "last-layer"])
-def test_little_memory_picks_the_same(monkeypatch: pytest.MonkeyPatch, held: int, layer: bool) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["share", "need"])
+def test_little_memory_picks_the_same(monkeypatch: pytest.MonkeyPatch, held: int, layer: bool, shared: bool) -> None:
     """Distances are computed as they are needed, and members counted a few at a time: the same picks and sizes."""
     generator = torch.Generator().manual_seed(1)
     gradients = torch.randint(0, 1_000, (2, 90, 1), generator=generator).float()
     features = torch.randint(1, 4, (2, 90, 1), generator=generator).float() if layer else None
     labels = torch.arange(90).remainder(3).clamp(max=1).expand(2, -1)
     module = sys.modules["torchcrest.solvers.medoids"]
-    rows, sizes = medoids(gradients, 20, labels, features, bias=False)
+    rows, sizes = medoids(gradients, 20, labels, features, bias=False, shared=shared)
     monkeypatch.setattr(module, "CHUNK", held)
-    again = medoids(gradients, 20, labels, features, bias=False)
+    again = medoids(gradients, 20, labels, features, bias=False, shared=shared)
     assert torch.equal(rows, again[0])
     assert torch.equal(sizes, again[1])

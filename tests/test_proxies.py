@@ -28,9 +28,19 @@ from conftest import (
     traces,
     train_step,
 )
-from torchcrest import Classification, ConfigError, Crest, CrestConfig, DataError, NonFiniteLossError, WeightedBatch
+from torchcrest import (
+    Classification,
+    ConfigError,
+    Crest,
+    CrestConfig,
+    DataError,
+    NonFiniteLossError,
+    Regression,
+    WeightedBatch,
+)
 from torchcrest.measure import How, Meter
-from torchcrest.proxies import Apprentice, Coarse, History
+from torchcrest.proxies import Apprentice, Auto, Coarse, History
+from torchcrest.student import Student
 
 SHAPE = (1, 8, 8)
 
@@ -204,7 +214,7 @@ class TestHistory:
 
 class TestApprentice:
     def test_needs_a_model_and_the_source(self, blobs: Blobs) -> None:
-        match = "proxy_model must be given with proxy_source='model', and only then, got"
+        match = "proxy_model must be given with proxy_source='model', and otherwise only with 'auto', got"
         with pytest.raises(ConfigError, match=f"{match} None"):
             make_bounded(make_net(), blobs, config=replace(BOUNDED, proxy_source="model"))
         with pytest.raises(ConfigError, match=f"{match} 'Net'"):
@@ -274,14 +284,73 @@ class TestApprentice:
             for parameter in small.parameters():
                 parameter.fill_(torch.nan)
         x, y = batch(blobs)
+        apprentice.learn(WeightedBatch((x, y), torch.ones(R)), 5, torch.arange(R))
         with pytest.raises(NonFiniteLossError, match=r"proxy_model's loss .*in step 5"):
-            apprentice.learn(WeightedBatch((x, y), torch.ones(R)), 5, torch.arange(R))
+            apprentice.measure(5, torch.arange(R), (x, y))
+        with pytest.raises(NonFiniteLossError, match=r"proxy_model's loss .*in step 5"):
+            apprentice.state_dict()
+
+    def test_it_may_be_trained_in_some_steps_only(self, blobs: Blobs) -> None:
+        small, plain = make_net(3), make_net(3)
+        apprentice, optimizer = Apprentice(meter(), small, None, 0, every=3), sgd(plain, 0.1)
+        for step in range(1, 8):
+            item = WeightedBatch(batch(Blobs(seed=step)), torch.ones(R))
+            assert bool(apprentice.learn(item, step, torch.arange(R))) == (step in (3, 6))
+            if step in (3, 6):
+                train_step(plain, optimizer, item)
+        assert same(parameters_of(small), parameters_of(plain))
 
     def test_random_state_is_the_users(self, blobs: Blobs) -> None:
         loader = make_apprentice(make_net(), blobs)
         before = torch.get_rng_state()
         next(iter(loader))
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestAuto:
+    def test_makes_a_small_network_where_it_can(self) -> None:
+        auto = Auto(Meter(make_cnn(), Classification(), How()), 0)
+        x, y = images(R).tensors
+        pool, rows = auto.measure(0, torch.arange(R), [x, y])
+        assert isinstance(auto.chosen, Apprentice)
+        assert rows is not None
+        assert len(rows) == 0, "these losses are not the model's"
+        small = Student.of([x, y], 4, 0)
+        torch.testing.assert_close(pool.gradients, small(x).softmax(1).detach() - F.one_hot(y, 4))
+        # 64 inputs to 64 units to 4 classes; 9 weights for each of 6 maps of 8 x 8, and 6 to 4 classes.
+        assert auto.meters[0][1] == pytest.approx((64 * 64 + 64 * 4) / (9 * 6 * 64 + 6 * 4))
+
+    def test_measures_the_model_where_it_cannot(self) -> None:
+        tokens = torch.randint(9, (R, 5), generator=torch.Generator().manual_seed(0))
+        embedding = seeded(lambda: nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 4)))
+        y = tokens[:, 0] % 4
+        auto = Auto(Meter(embedding, Classification(), How()), 0)
+        pool, rows = auto.measure(0, torch.arange(R), [tokens, y])
+        assert rows is None
+        assert auto.meters == []
+        expected = Meter(embedding, Classification(), How()).measure(torch.arange(R), [tokens, y])
+        assert torch.equal(pool.gradients, expected.gradients)
+
+    @pytest.mark.parametrize(
+        "changes", [{"proxy": "last_layer"}, {"objective": Regression()}, {"objective": lambda o, b: o.sum(1) ** 2}]
+    )
+    def test_what_only_the_model_can_tell(self, changes: dict[str, Any]) -> None:
+        config = replace(BOUNDED, proxy_source="auto", proxy=changes.get("proxy", "outputs"))
+        x = images().tensors[0].flatten(1)
+        dataset = TensorDataset(x, x[:, :1])
+        model, kw = seeded(lambda: nn.Linear(64, 1)), {"objective": changes.get("objective", Regression())}
+        twin = Crest(model, dataset, replace(config, proxy_source="forward"), steps=6, **kw)
+        loader = Crest(model, dataset, config, steps=6, **kw)
+        for one, other in zip(loader, twin, strict=True):
+            assert torch.equal(one.weights, other.weights)
+            assert torch.equal(loader.indices, twin.indices)
+
+    def test_takes_a_model_of_yours(self, blobs: Blobs) -> None:
+        small = make_net(3)
+        config = replace(BOUNDED, proxy_source="auto")
+        loader = make_bounded(make_net(), blobs, config=config, proxy_model=small)
+        assert isinstance(loader._source, Apprentice)
+        assert loader._source.small.model is small
 
 
 class TestCoarse:

@@ -44,7 +44,7 @@ from torchcrest.feed import Reading
 from torchcrest.streaming import Spot, StreamFeed
 
 STEPS = 13
-R = SMALL.pool_size
+R = SMALL.pool
 
 
 class Endless(IterableDataset[Batch]):

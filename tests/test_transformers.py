@@ -63,6 +63,9 @@ CONFIG = CrestConfig(
     learned_interval=7,
     max_overhead=None,
     overhead_in="counted",
+    check="paired",
+    label_noise=None,
+    quotas="share",
 )
 # Random batches between the coresets, and coresets that are used again.
 BOUNDED = replace(CONFIG, max_overhead=0.9, renew=4, interval_scale=6)
@@ -934,7 +937,7 @@ def test_default_settings_and_mixin(tmp_path: Path) -> None:
 
     trainer = make(tmp_path, crest=None, kind=Mine, max_steps=3)
     trainer.train()
-    assert trainer.crest.config == CrestConfig(batch_size=4, pool_size=8)
+    assert trainer.crest.config == CrestConfig(batch_size=4)
 
 
 # Two processes -----------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ Check = Literal["paired", "none"]
 Proxy = Literal["outputs", "last_layer"]
 MeasureMode = Literal["eval", "batch_statistics"]
 MeasureDtype = Literal["model", "float32", "bfloat16", "float16"]
-ProxySource = Literal["forward", "history", "model", "resolution"]
+Quotas = Literal["share", "need"]
+ProxySource = Literal["auto", "forward", "history", "model", "resolution"]
 OverheadIn = Literal["auto", "seconds", "counted"]
 
 
@@ -26,7 +27,8 @@ class CrestConfig:
 
     Attributes:
         batch_size: m, examples in each mini-batch coreset.
-        pool_size: r, examples in the random subset from which a coreset is picked; at least m.
+        pool_size: r, examples in the random subset from which a coreset is picked, at least m; None: 4m. See
+            ``label_noise``.
         tolerance: tau, largest relative error of the quadratic model before a new region begins.
         interval_scale: h, steps between checks while the curvature is what it was at the start.
         coresets_per_step: b, coresets picked for each step of the check interval (paper: 5).
@@ -50,14 +52,22 @@ class CrestConfig:
             functions that are differentiable once), but full precision: autocast is switched off for it, TF32 is
             yours to switch off.
         check: ``paired`` compares the model with the loss of the same examples, every interval;
-            ``none`` never checks and begins a new region every interval.
+            ``none`` never checks and begins a new region every interval. Coresets that are used once, see ``renew``,
+            do not go stale, so there is nothing to check.
         exclude: stop drawing examples that are learned.
         learned_loss: alpha, an example whose loss stays below it is learned.
         learned_interval: T2, steps (an int), or share of ``len(crest)`` (a float up to 1), over which the
             loss must stay below ``learned_loss``.
         weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
-            batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks.
-        stratify: pick from each class its share, where there are class labels; else from the whole pool.
+            batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks. See ``label_noise``.
+        label_noise: share of the labels that are wrong. With none, a pool of 2m gives a coreset, with weights of
+            ``weight_power``. From a tenth on it takes 4m, and the power rises, to 1 at three tenths: large clusters
+            are of right labels, and outvote the others. What is read together is divided into such pools.
+            ``estimated`` goes by how often the surest tenth of the predictions for a pool are wrong (see
+            :mod:`torchcrest.noise`); None: one coreset of all ``pool_size``, and ``weight_power``.
+        stratify: pick from each class, where there are class labels; else from the whole pool.
+        quotas: how many from each class. ``share``: by its size, as in the paper. ``need``: by how much its gradients
+            differ, so that hard and rare classes get more; one that is all alike gets one.
         proxy: ``outputs`` compares gradients with respect to the model's outputs; ``last_layer`` those of
             the whole last linear layer.
         measure_mode: ``eval`` measures in evaluation mode; ``batch_statistics`` lets batch normalisation
@@ -80,7 +90,10 @@ class CrestConfig:
         renew: steps after which coresets are picked anew inside a region. Each is then trained on once, and
             steps for which none could be paid take a random batch. None: the region's coresets are
             used again until it ends (the paper's), and the bound makes them fewer.
-        proxy_source: where proxy gradients come from. ``forward``: the model's own forward pass. ``history``:
+        proxy_source: where proxy gradients come from. ``auto``: a small model, yours or a network of one hidden layer
+            that is made to fit the first pool; ``forward``, where none can be made: with inputs other than tensors of
+            pixels or real numbers, other objectives than :class:`torchcrest.Classification` with a class an example,
+            ``proxy="last_layer"``. ``forward``: the model's own forward pass. ``history``:
             each example's last known outputs, from measurements and from :meth:`torchcrest.Crest.observe`;
             only what is not known, or too old, is forwarded. ``model``: a small model of yours that is
             trained alongside. ``resolution``: the model's forward pass over smaller inputs.
@@ -100,7 +113,7 @@ class CrestConfig:
     """
 
     batch_size: int = 128
-    pool_size: int = 256
+    pool_size: int | None = None
     tolerance: float = 0.05
     interval_scale: float = 50.0
     coresets_per_step: float = 1.0
@@ -113,23 +126,25 @@ class CrestConfig:
     curvature_examples: int | None = None
     curvature_layers: int | None = None
     curvature_product: CurvatureProduct = "double_backward"
-    check: Check = "paired"
+    check: Check = "none"
     exclude: bool = True
     learned_loss: float = 0.1
     learned_interval: int | float = 0.2
     weight_power: float = 0.5
+    label_noise: float | Literal["estimated"] | None = "estimated"
     stratify: bool = True
+    quotas: Quotas = "need"
     proxy: Proxy = "outputs"
     measure_mode: MeasureMode = "eval"
     measure_dtype: MeasureDtype = "model"
     channels_last: bool = False
     measured_together: int | None = None
-    max_overhead: float | None = 0.25
+    max_overhead: float | None = 0.05
     overhead_in: OverheadIn = "auto"
     forward_cost: float = 1 / 3
     derivative_cost: float | None = None
     renew: int | None = 10
-    proxy_source: ProxySource = "forward"
+    proxy_source: ProxySource = "auto"
     history_age: int | float = 0.2
     history_bytes: int = 2**30
     resolution: float = 0.5
@@ -140,11 +155,12 @@ class CrestConfig:
         """Refuse settings that cannot work, naming all of them."""
         checks = Checks(self)
         checks.whole("batch_size", 1, "Use for example 128.")
-        if checks.whole("pool_size", 1, "Use for example 2 * batch_size.") and checks.fine("batch_size"):
+        if self.pool_size is not None:
+            fine = checks.whole("pool_size", 1, "None takes 4 * batch_size.") and checks.fine("batch_size")
             do = "A coreset is picked from its pool; use 2 to 8 times batch_size."
-            checks.that(
-                "pool_size", self.pool_size >= self.batch_size, f"be at least batch_size = {self.batch_size}", do
-            )
+            if fine:
+                want = f"be at least batch_size = {self.batch_size}"
+                checks.that("pool_size", self.pool_size >= self.batch_size, want, do)
         checks.above_zero("tolerance", "The paper uses 0.005 to 0.05.")
         checks.above_zero("interval_scale", "The paper uses 1 to 10.")
         checks.above_zero("coresets_per_step", "1 gives each step a coreset of its own; the paper uses 5.")
@@ -165,7 +181,12 @@ class CrestConfig:
         checks.at_least_zero("learned_loss", "The paper uses 0.1; exclude=False switches exclusion off.")
         checks.steps_or_share("learned_interval", "Use for example 0.1, a tenth of the run.")
         checks.at_least_zero("weight_power", "1 is the paper's, 0 gives uniform weights.")
+        if self.label_noise is not None and self.label_noise != "estimated":
+            want, do = "be 'estimated', a share in [0, 1], or None", "'estimated' finds it out in training."
+            fine = isinstance(self.label_noise, int | float) and not isinstance(self.label_noise, bool)
+            checks.that("label_noise", fine and 0 <= self.label_noise <= 1, want, do)
         checks.flag("stratify")
+        checks.choice("quotas", get_args(Quotas))
         checks.choice("proxy", get_args(Proxy))
         checks.choice("measure_mode", get_args(MeasureMode))
         checks.choice("measure_dtype", get_args(MeasureDtype))
@@ -213,6 +234,11 @@ class CrestConfig:
                 raise ConfigError(must("overrides", "name settings", key, suggest(key, fields)))
         return cls(**{**PRESETS[name], **overrides})
 
+    @property
+    def pool(self) -> int:
+        """r, examples in a pool: ``pool_size``, or 4m."""
+        return 4 * self.batch_size if self.pool_size is None else self.pool_size
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain numbers and strings."""
         return asdict(self)
@@ -238,7 +264,11 @@ _PAPER: dict[str, Any] = {
     "curvature_product": "double_backward",
     "learned_loss": 0.1,
     "learned_interval": 0.1,
+    "check": "paired",
+    "proxy_source": "forward",
     "weight_power": 1.0,
+    "label_noise": None,
+    "quotas": "share",
     "max_overhead": None,
     "renew": None,
 }

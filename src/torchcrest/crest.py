@@ -21,6 +21,7 @@ from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
 from torchcrest.measure import Meter, device_of, how_of
+from torchcrest.noise import LabelNoise
 from torchcrest.objectives import Objective, Projecting, as_objective, trimmed
 from torchcrest.overhead import Purpose
 from torchcrest.passes import Passes
@@ -64,7 +65,7 @@ class Crest(Passes):
         objective: how a batch becomes outputs and losses. None: classification by cross-entropy; a function
             ``(outputs, batch) -> losses [n]``; or any :class:`torchcrest.Objective`.
         last_layer: the layer that ``proxy="last_layer"`` compares; None: the last linear layer that runs.
-        proxy_model: what ``proxy_source="model"`` measures: a small model for the same batches and losses. It is
+        proxy_model: what is measured in place of the model: a small one for the same batches and losses. It is
             trained here, on the batches that are handed out, in the mode that it is in, for at most half of what
             the bound allows. Where several processes train together, each has its own.
         proxy_optimizer: of the proxy model's parameters; None: SGD at a rate of 0.1 with momentum 0.9.
@@ -175,10 +176,10 @@ class Crest(Passes):
         self._feed: Feed | StreamFeed
         if examples is None:
             share = (0, 1) if stream_sharded else (rank, ranks)
-            self._feed = StreamFeed(dataset, config.pool_size, reading, seed + rank, share, stream_state)
+            self._feed = StreamFeed(dataset, config.pool, reading, seed + rank, share, stream_state)
         else:
             draws = Draws(self._active.mask, seed, rank, ranks)
-            self._feed = Feed(dataset, draws, config.pool_size, reading, seed + rank)
+            self._feed = Feed(dataset, draws, config.pool, reading, seed + rank)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
         self._region: Region | None = None
@@ -188,6 +189,7 @@ class Crest(Passes):
         self._spare: list[Coreset] = []  # random batches that were read and not needed yet
         self._account = Account(config, self._meter, self._source)
         self._gauge = Gauge(config) if config.diagnostics else None
+        self._noise = LabelNoise(config, objective)
 
     # The loop of the algorithm, in the order of its steps -----------------------------------------------
 
@@ -205,7 +207,7 @@ class Crest(Passes):
             if values is not None and (values.dim() == 0 or len(values) != len(self.indices)):
                 want = f"have {len(self.indices)} entries, one an example of the last batch"
                 raise DataError(must(name, want, tuple(values.shape), "Observe after each batch, unreduced."))
-        if self.config.proxy_source in ("history", "model"):  # little else is measured there
+        if self.config.proxy_source in ("auto", "history", "model"):  # little else is measured there
             self._unseen.append((self.indices, losses.detach()))
         if outputs is not None:
             self._source.note(self._step, self.indices, outputs)
@@ -296,22 +298,27 @@ class Crest(Passes):
         renewed = config.renew is not None
         steps = region.interval if config.renew is None else min(config.renew, region.check_at - self._step)
         wanted = min(math.ceil(config.coresets_per_step * steps), steps if renewed else config.max_coresets)
-        count = self._agreed(self._account.budget.affordable("selecting", wanted, steps))
-        if fresh or not renewed:
-            count = max(1, count)
+        affordable = self._account.budget.affordable("selecting", wanted, steps)
+        count, *share = self._ranks.average(float(affordable), *self._noise.numbers())
+        self._noise.take(share)
+        parts = self._noise.parts
+        left = math.ceil(max(int(count), int(fresh is not None or not renewed)) / parts)
         coresets: list[Coreset] = []
-        with self._charged("selecting", count - bool(fresh)):
-            while len(coresets) < count:
+        with self._charged("selecting", (left - bool(fresh)) * parts):
+            while left:
                 pools = [fresh] if fresh else []
                 fresh = None
-                together = min(SOLVED_TOGETHER, count - len(coresets))
+                together = min(max(1, SOLVED_TOGETHER // parts), left)
                 pools += [self._measure(*self._feed.next()) for _ in range(together - len(pools))]
+                left -= together
                 self._look()
-                coresets += self._counted(pools, self._select(pools))
+                coresets += self._select(pools)
+            self._noise.read()  # what is timed here ends with a wait for the device anyway
             if self._gauge:
-                self._gauge.read()  # what is timed here ends with a wait for the device anyway
-        while renewed and len(coresets) < steps:
-            coresets.append(self._random())
+                self._gauge.read()
+        if renewed:
+            del coresets[steps:]  # of a pool that gave more than there are steps
+            coresets += [self._random() for _ in range(steps - len(coresets))]
         region.coresets, region.picked_at = coresets, self._step
         region.renew_at = self._step + steps if renewed else None
 
@@ -328,7 +335,7 @@ class Crest(Passes):
 
     def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
         """Train the source of the proxy gradients on the batch that is handed out, where it can be."""
-        if self.config.proxy_source == "model":
+        if self.config.proxy_source in ("auto", "model"):
             with self._account.teaching(self.stats), self._timed("selecting"):
                 self._account.taught(self._source.learn(batch, self._step + 1, indices))
 
@@ -352,13 +359,6 @@ class Crest(Passes):
             outputs = None if pool.outputs is None else pool.outputs[there]
             labels = None if pool.labels is None else pool.labels[there]
             self.difficulty.note(self._step, pool.indices[at], pool.losses[there], outputs, labels)
-
-    def _counted(self, pools: list[Pool], coresets: list[Coreset]) -> list[Coreset]:
-        """Return coresets that were picked from pools; the record counts what is in them."""
-        if self.difficulty:
-            for pool, coreset in zip(pools, coresets, strict=True):
-                self.difficulty.pick(self._step, pool.indices, coreset.rows, coreset.weights)
-        return coresets
 
     def _measure_check(self, indices: Tensor, data: Any) -> Pool:
         """Measure a check set, always with the model itself."""
@@ -386,8 +386,12 @@ class Crest(Passes):
             self.difficulty.enter()
 
     def _select(self, pools: list[Pool]) -> list[Coreset]:
-        """Pick a coreset from each pool, all together (step 3)."""
-        config = self.config
+        """Pick a coreset from each pool, or from each part of it, all together (step 3)."""
+        config, noise = self.config, self._noise
+        noise.add(pools)
+        size = config.pool // noise.parts
+        places = [(pool, start) for pool in pools for start in range(0, size * noise.parts, size)]
+        pools = [pool.part(start, start + size) for pool, start in places]
         labels = labels_of(pools) if config.stratify else None
         if labels is not None:
             classes = len(torch.unique(labels))
@@ -397,10 +401,17 @@ class Crest(Passes):
                     f"batch_size = {config.batch_size} is smaller than the number of classes, {classes}, so a coreset "
                     "cannot represent them all. Expect less than from random batches, or use a larger batch_size.",
                 )
-        rows, weights = pick(pools, labels, config)
+        rows, weights = pick(pools, labels, config.batch_size, noise.power, shared=config.quotas == "share")
         if self._gauge:
             self._gauge.add(pools, rows, weights)
-        picked = [Coreset.of(pool, row, weight) for pool, row, weight in zip(pools, rows, weights, strict=True)]
+        if self.difficulty:
+            for pool, row, weight in zip(pools, rows.cpu(), weights, strict=True):
+                self.difficulty.pick(self._step, pool.indices, row, weight)
+        # Of whole pools: a part that is read alone may not be what it is in them.
+        picked = [
+            Coreset.of(pool, row + start, weight)
+            for (pool, start), row, weight in zip(places, rows, weights, strict=True)
+        ]
         return [replace(coreset, data=trimmed(self._meter.objective, coreset.data)) for coreset in picked]
 
     def _model_loss(self, coresets: list[Coreset], region: int) -> None:
@@ -462,23 +473,17 @@ class Crest(Passes):
     def _exclude(self) -> None:
         """Set aside what was learned in the interval that ends here (step 8).
 
-        Coresets that the region holds are still trained on; set-aside examples are no longer drawn.
+        Coresets that the region holds are still trained on; set-aside examples are no longer drawn. It comes to an end
+        where as few are left as a pool needs.
         """
         self._ranks.maximise(self._active.largest)
-        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool_size * self._ranks.size)
-        if self._active.stopped:
-            needs = "needs" if self._ranks.size == 1 else f"on each of {self._ranks.size} ranks needs"
-            self._warn_once(
-                "exclusion",
-                f"Exclusion has stopped: the {self._active.count} examples that are left are what a pool of "
-                f"pool_size = {self.config.pool_size} {needs}. The rest is learned; use a smaller pool_size to go on.",
-            )
+        excluded = self._active.close_interval(self.config.learned_loss, self.config.pool * self._ranks.size)
         self.stats.active = self._active.count
         if excluded:
             self._feed.redraw()
             if self.difficulty:
                 self.difficulty.exclude(self._step, self._active.mask)
-        self._log("exclude", excluded=excluded, active=self._active.count)
+        self._log("exclude", excluded=excluded, active=self._active.count, stopped=self._active.stopped)
 
     def _quality_numbers(self) -> list[float]:
         """Return what ranks tell each other of their gradients: four estimates, and what a coreset's step costs."""
@@ -544,16 +549,18 @@ class Crest(Passes):
             "unseen": [(indices, losses.cpu()) for indices, losses in self._unseen],
             "source": self._source.state_dict(),
             "gauge": self._gauge and self._gauge.state_dict(),
+            "noise": self._noise.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         self._active.load_state_dict(state["active"])
         self._feed.load_state_dict(state["place"])
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
+        self._source.load_state_dict(state["source"])
         self._account.load_state_dict(state["account"])
+        self._noise.load_state_dict(state["noise"])
         device = device_of(self._meter.model)
         self._unseen = [(indices, losses.to(device)) for indices, losses in state["unseen"]]
-        self._source.load_state_dict(state["source"])
         if self._gauge:
             self._gauge.load_state_dict(state["gauge"])
         self._spare = read_coresets(state["spare"], self._feed, device, self._meter.objective)
@@ -583,9 +590,9 @@ def _refuse(model: Any, config: Any, examples: int | None, last_layer: Any, prox
     elif examples is None and config.proxy_source == "history":
         want = "be another than 'history' for a stream, as no example of it is known to come again"
         problems.append(must("proxy_source", want, config.proxy_source, "Use 'forward'."))
-    elif examples is not None and config.pool_size * ranks > examples:
+    elif examples is not None and config.pool * ranks > examples:
         want = f"be at most the {examples} examples of the data set" + (f" over {ranks} ranks" if ranks > 1 else "")
-        problems.append(must("pool_size", want, config.pool_size, "A pool's examples are distinct: use a smaller one."))
+        problems.append(must("pool_size", want, config.pool, "A pool's examples are distinct: use a smaller one."))
     if isinstance(config, CrestConfig) and config.difficulty and examples is None:
         want = "be False for a stream, as no example of it is known to come again"
         problems.append(must("difficulty", want, True, "Leave it out."))
@@ -593,8 +600,9 @@ def _refuse(model: Any, config: Any, examples: int | None, last_layer: Any, prox
         problems.append(must("last_layer", "be a torch.nn.Linear", type(last_layer).__name__, "Or leave it out."))
     if proxy_model is not None and not isinstance(proxy_model, nn.Module):
         problems.append(must("proxy_model", "be a torch.nn.Module", type(proxy_model).__name__, "Or leave it out."))
-    if isinstance(config, CrestConfig) and (config.proxy_source == "model") != (proxy_model is not None):
-        want = "be given with proxy_source='model', and only then"
+    sources = ("auto", "model") if proxy_model is not None else ("auto", "forward", "history", "resolution")
+    if isinstance(config, CrestConfig) and config.proxy_source not in sources:
+        want = "be given with proxy_source='model', and otherwise only with 'auto'"
         got = None if proxy_model is None else type(proxy_model).__name__
         problems.append(must("proxy_model", want, got, "Give both, or neither."))
     if problems:

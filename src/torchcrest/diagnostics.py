@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torchcrest.config import CrestConfig
 from torchcrest.errors import ConfigError, must
 from torchcrest.feed import Reading, examples_in, reader_of, refuse_other_length
 from torchcrest.measure import How, Meter, device_of, how_of
+from torchcrest.noise import LabelNoise
 from torchcrest.objectives import Objective, as_objective
 from torchcrest.solvers import labels_of, pick
 from torchcrest.types import Coreset, Pool, Stats
@@ -165,7 +166,7 @@ class Gauge:
     """
 
     def __init__(self, config: CrestConfig) -> None:
-        self._m, self._r = config.batch_size, config.pool_size
+        self._m, self._r = config.batch_size, config.pool  # r, until there are parts of pools
         self._sums, self._weights = [0.0] * 4, [0.0] * 4
         self._unread: list[tuple[int, Tensor]] = []
         self._dimensions = 1  # of proxy gradients
@@ -173,6 +174,7 @@ class Gauge:
 
     def add(self, pools: Sequence[Pool], rows: Tensor, weights: Tensor) -> None:
         """Take a group of pools and their coresets. Does not wait for the device."""
+        self._r = len(pools[0].indices)
         if len(pools) > 1 and self._r > 1:
             self._dimensions = pools[0].gradients.shape[1]
             self._unread.append((len(pools) - 1, estimates(*means_of(pools, rows, weights), self._r)))
@@ -233,13 +235,14 @@ class Gauge:
             "sums": [*self._sums],
             "weights": [*self._weights],
             "dimensions": self._dimensions,
+            "pool_size": self._r,
             "told": dict(self._told),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the running sums."""
         self._sums, self._weights = list(map(float, state["sums"])), list(map(float, state["weights"]))
-        self._dimensions = int(state["dimensions"])
+        self._dimensions, self._r = int(state["dimensions"]), int(state["pool_size"])
         self._told = {name: int(count) for name, count in state["told"].items()}
 
 
@@ -280,7 +283,8 @@ def gradient_quality(
     Args:
         model: as it is in training.
         dataset: map-style; pools are drawn from all of it, whatever CREST has set aside.
-        config: how coresets are picked.
+        config: how coresets are picked. ``label_noise`` of ``estimated``, which a run finds out, counts as 0, and
+            ``proxy_source`` of ``auto`` as ``forward``.
         draws: pools, at least 2. The estimates' own spread falls with their root.
         objective: as for :class:`torchcrest.Crest`, like the next.
         last_layer: as there.
@@ -371,9 +375,9 @@ def gradient_qualities(
         mean = row if mean is None else mean.add_(row)
     assert mean is not None
     gradient = _square(mean)
-    sizes = sorted({size for config in configs.values() for size in (config.batch_size, config.pool_size)})
-    random = dict.fromkeys(sizes, 0.0)  # squared distances of random batches from the mean gradient
     tallies = {name: _Tally(config, model, whole.objective, last_layer) for name, config in configs.items()}
+    sizes = sorted({size for tally in tallies.values() for size in (tally.config.batch_size, tally.pool_size)})
+    random = dict.fromkeys(sizes, 0.0)  # squared distances of random batches from the mean gradient
     for draw in range(draws):
         drawn = torch.randperm(examples, generator=stream(seed, "quality", draw))[: sizes[-1]]
         data = read(drawn)
@@ -384,7 +388,7 @@ def gradient_qualities(
             batches[end] = sums / end
             random[end] += _square(batches[end] - mean)
         for tally in tallies.values():
-            r = tally.config.pool_size
+            r = tally.pool_size
             picked = tally.pick(drawn[:r], tree.part(data, 0, r))
             tally.add(summed(picked.data, picked.weights) / tally.config.batch_size, batches[r])
     variances = {size: total / draws for size, total in random.items()}
@@ -392,12 +396,21 @@ def gradient_qualities(
 
 
 class _Tally:
-    """Sums up the draws of one way to pick coresets."""
+    """Sums up the draws of one way to pick coresets.
+
+    Attributes:
+        config: how they are picked.
+        pool_size: of how many examples.
+    """
 
     def __init__(
         self, config: CrestConfig, model: nn.Module, objective: Objective, last_layer: nn.Linear | None
     ) -> None:
         self.config = config
+        self._noise = LabelNoise(
+            replace(config, label_noise=0.0) if config.label_noise == "estimated" else config, objective
+        )
+        self.pool_size = config.pool // self._noise.parts
         how = how_of(config, device_of(model))
         self._meter = Meter(model, objective, how, whole_layer=config.proxy == "last_layer", last_layer=last_layer)
         self._coresets, self._errors = _Spread(), _Spread()
@@ -407,7 +420,13 @@ class _Tally:
         """Pick a coreset from a pool, and note its proxies."""
         config = self.config
         pool = self._meter.measure(indices, data)
-        rows, weights = pick([pool], labels_of([pool]) if config.stratify else None, config)
+        rows, weights = pick(
+            [pool],
+            labels_of([pool]) if config.stratify else None,
+            config.batch_size,
+            self._noise.power,
+            shared=config.quotas == "share",
+        )
         self._means.append(means_of([pool], rows, weights))
         return Coreset.of(pool, rows[0], weights[0])
 
@@ -418,7 +437,7 @@ class _Tally:
 
     def found(self, gradient: float, variances: Mapping[int, float]) -> Qualities:
         """Return the estimates."""
-        m, r = self.config.batch_size, self.config.pool_size
+        m, r = self.config.batch_size, self.pool_size
         bias = _square(self._errors.mean) - self._errors.variance / self._errors.count
         whole = GradientQuality(m, r, gradient, bias, self._coresets.variance, variances[m], variances[r])
         means, squares = zip(*self._means, strict=True)
@@ -464,10 +483,10 @@ def _refuse(configs: Mapping[str, CrestConfig], draws: int, chunk: int, examples
     if not configs:
         problems.append(must("configs", "name at least one", dict(configs), 'Use {"crest": CrestConfig()}.'))
     for config in configs.values():
-        if not 1 < config.pool_size <= examples:
+        if not 1 < config.pool <= examples:
             want = f"be at least 2 and at most the {examples} examples of the data set"
-            problems.append(must("pool_size", want, config.pool_size, "Use for example 2 * batch_size."))
-        if config.proxy_source != "forward":
+            problems.append(must("pool_size", want, config.pool, "Use for example 2 * batch_size."))
+        if config.proxy_source not in ("auto", "forward"):
             do = "The others depend on the run so far."
             problems.append(must("proxy_source", "be 'forward' to measure whole gradients", config.proxy_source, do))
     if problems:

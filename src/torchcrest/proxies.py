@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchcrest import tree
 from torchcrest.config import CrestConfig, steps_of
 from torchcrest.errors import ConfigError, DataError, NonFiniteLossError, must
 from torchcrest.measure import Meter, device_of, forked, pool_of
+from torchcrest.objectives import Projecting
+from torchcrest.student import Student, can_learn
 from torchcrest.types import Pool, WeightedBatch
 
-__all__ = ["Apprentice", "Coarse", "Forward", "History", "source_of"]
+__all__ = ["Apprentice", "Auto", "Coarse", "Forward", "History", "source_of"]
 
 NEVER = -1  # when outputs came in that have not come yet
 
@@ -162,16 +165,28 @@ class Apprentice(Forward):
         model: the small one; trained in the mode that it is in.
         optimizer: of its parameters; None: SGD at a rate of 0.1 with momentum 0.9.
         seed: of random numbers that the small model draws in training.
+        every: steps from one that it is trained in to the next.
+        share: what a forward pass costs, in passes of the large one; None: the share of parameters, which is a guess
+            that "seconds" does without.
     """
 
-    def __init__(self, meter: Meter, model: nn.Module, optimizer: torch.optim.Optimizer | None, seed: int) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        seed: int,
+        every: int = 1,
+        share: float | None = None,
+    ) -> None:
         super().__init__(meter)
+        self._every = every
+        self._heard: list[tuple[int, Tensor, Tensor]] = []  # losses that were not looked at
         # All of a pool at once: what a small model holds stays in the cache.
         self.small = Meter(model, meter.objective, replace(meter.how, together=None))
         self._optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         self._seed = seed
-        # Of two models of one kind; for others a guess that "seconds" does without.
-        self._share = _size(model) / max(1, _size(meter.model))
+        self._share = _size(model) / max(1, _size(meter.model)) if share is None else share
 
     @property
     def meters(self) -> list[tuple[Meter, float]]:
@@ -179,17 +194,20 @@ class Apprentice(Forward):
         return [(self.small, self._share)]
 
     def measure(self, step: int, indices: Tensor, data: Any) -> tuple[Pool, Tensor | None]:
-        """Measure the small model. Its losses say nothing of what the large one has learned."""
+        """Measure the small model. Its losses say nothing of what the large one has learned.
+
+        Raises:
+            NonFiniteLossError: the small model's loss was NaN or infinite in training.
+        """
+        self._look()
         pool = self.small.measure(indices, data)
         data = tree.move(pool.data, device_of(self.meter.model))
         return replace(pool, data=data), torch.empty(0, dtype=torch.int64)
 
     def learn(self, batch: WeightedBatch, step: int, indices: Tensor) -> float:
-        """Take a step on a batch that is handed out.
-
-        Raises:
-            NonFiniteLossError: the small model's loss is NaN or infinite.
-        """
+        """Take a step on a batch that is handed out."""
+        if step % self._every:
+            return 0.0
         model, objective = self.small.model, self.small.objective
         device = device_of(model)
         data = tree.clone(tree.move(batch.data, device))
@@ -199,15 +217,14 @@ class Apprentice(Forward):
             loss = (losses * batch.weights.to(device)).mean()
             self._optimizer.zero_grad()
             loss.backward()
-        bad = ~losses.detach().isfinite().cpu()
-        if bad.any():
-            raise NonFiniteLossError.about("proxy_model's loss", f"in step {step}", indices[bad].tolist(), len(bad))
+        self._heard.append((step, indices, losses.detach()))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return self._share * len(batch.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the small model and its optimizer."""
+        self._look()
         return {
             "model": tree.clone(dict(self.small.model.state_dict())),
             "optimizer": tree.clone(self._optimizer.state_dict()),
@@ -217,6 +234,85 @@ class Apprentice(Forward):
         """Restore both."""
         self.small.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._heard.clear()
+
+    def _look(self) -> None:
+        """Refuse losses of training that are not finite. Waits for the device."""
+        if self._heard and not torch.stack([losses.sum() for _, _, losses in self._heard]).isfinite().all():
+            for step, indices, losses in self._heard:
+                bad = ~losses.isfinite().cpu()
+                if bad.any():
+                    what = "proxy_model's loss", f"in step {step}"
+                    raise NonFiniteLossError.about(*what, indices[bad].tolist(), len(bad))
+        self._heard.clear()
+
+
+class Auto(Forward):
+    """A small network that fits the first pool, where one can be made; the model's own forward pass, where not.
+
+    Args:
+        meter: measures the model in training.
+        seed: of the network's first weights.
+    """
+
+    def __init__(self, meter: Meter, seed: int) -> None:
+        super().__init__(meter)
+        self._seed = seed
+        self.chosen: Forward | None = None
+
+    @property
+    def meters(self) -> list[tuple[Meter, float]]:
+        """Those of what was chosen."""
+        return self.chosen.meters if self.chosen else []
+
+    def measure(self, step: int, indices: Tensor, data: Any) -> tuple[Pool, Tensor | None]:
+        """Measure what was chosen; choose, before the first pool."""
+        if self.chosen is None:
+            first = tree.move(tree.part(data, 0, 1), device_of(self.meter.model))
+            data = tree.move(data, device_of(self.meter.model))
+            self.chosen = self._choose(first, data)
+        return self.chosen.measure(step, indices, data)
+
+    def learn(self, batch: WeightedBatch, step: int, indices: Tensor) -> float:
+        """Train the small network, if there is one."""
+        return self.chosen.learn(batch, step, indices) if self.chosen else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was chosen, and its state."""
+        if self.chosen is None:
+            return {}
+        small = isinstance(self.chosen, Apprentice)
+        share = self.chosen.meters[0][1] if small else None
+        return {"small": small, "share": share, "state": self.chosen.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both."""
+        self.chosen = None
+        if state:
+            self.chosen = Forward(self.meter)
+            if state["small"]:
+                saved = state["state"]["model"]
+                student = Student(len(saved["mean"]), len(saved["head.bias"]), self._seed)
+                self.chosen = self._apprentice(student.to(device_of(self.meter.model)), state["share"])
+            self.chosen.load_state_dict(state["state"])
+
+    def _choose(self, first: Any, data: Any) -> Forward:
+        """Choose by what the model gives for the first example of a pool."""
+        if isinstance(self.meter.objective, Projecting):
+            return Forward(self.meter)
+        with FlopCounterMode(display=False) as large:
+            outputs = self.meter.forward(first, 1)[0]
+        if not can_learn(self.meter.objective, data, outputs):
+            return Forward(self.meter)
+        student = Student.of(data, outputs.shape[1], self._seed)
+        with FlopCounterMode(display=False) as small, torch.no_grad():
+            self.meter.objective.outputs(student, first)
+        counts = small.get_total_flops(), large.get_total_flops()
+        return self._apprentice(student, counts[0] / counts[1] if all(counts) else None)
+
+    def _apprentice(self, student: Student, share: float | None) -> Apprentice:
+        # Trained in every second step it picks as well, for half of what costs most (benchmarks).
+        return Apprentice(self.meter, student, None, self._seed, every=2, share=share)
 
 
 def source_of(
@@ -236,13 +332,14 @@ def source_of(
         examples: N.
         steps: of a pass.
         seed: of the run.
-        model: the small one, for ``proxy_source="model"``.
+        model: the small one, for ``proxy_source="model"`` or ``"auto"``.
         optimizer: its optimizer, or None.
     """
     sources: dict[str, Callable[[], Forward]] = {
         "forward": lambda: Forward(meter),
         "history": lambda: History(meter, examples, steps_of(config.history_age, steps), config.history_bytes),
         "resolution": lambda: Coarse(meter, config.resolution),
+        "auto": lambda: Auto(meter, seed) if config.proxy == "outputs" else Forward(meter),
     }
     if model is not None:
         return Apprentice(meter, model, optimizer, seed)

@@ -196,7 +196,7 @@ class CrestMixin(_Base):
 
     def _config(self) -> CrestConfig:
         size = self.args.per_device_train_batch_size
-        return self.crest_config or CrestConfig(batch_size=size, pool_size=2 * size)
+        return self.crest_config or CrestConfig(batch_size=size)
 
     def _objective_of(self, objective: Objective | Callable[[Tensor, Any], Tensor] | None) -> Objective:
         smoothing = self.args.label_smoothing_factor

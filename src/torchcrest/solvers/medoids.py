@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchcrest.config import CrestConfig
 from torchcrest.solvers.distance import distances
 from torchcrest.solvers.facility import LAZY_FROM, greedy, lazy_greedy
 from torchcrest.types import Pool
@@ -26,13 +25,17 @@ def labels_of(pools: Sequence[Pool]) -> Tensor | None:
     return torch.stack(labels) if len(labels) == len(pools) else None
 
 
-def pick(pools: Sequence[Pool], labels: Tensor | None, config: CrestConfig) -> tuple[Tensor, Tensor]:
+def pick(
+    pools: Sequence[Pool], labels: Tensor | None, size: int, power: float, *, shared: bool = True
+) -> tuple[Tensor, Tensor]:
     """Pick a mini-batch coreset from each pool, all together.
 
     Args:
         pools: p of them.
-        labels: ``[p, r]``, to pick from each class its share; None: from the whole pools.
-        config: how many, and how they are weighted.
+        labels: ``[p, r]``, to pick from each class; None: from the whole pools.
+        size: m, how many.
+        power: of a cluster's size; that is its weight.
+        shared: as for :func:`medoids`.
 
     Returns:
         rows ``[p, m]``, ascending, and weights ``[p, m]`` of mean 1.
@@ -40,12 +43,13 @@ def pick(pools: Sequence[Pool], labels: Tensor | None, config: CrestConfig) -> t
     features = [pool.features for pool in pools if pool.features is not None]
     rows, sizes = medoids(
         torch.stack([pool.gradients for pool in pools]),
-        config.batch_size,
+        size,
         labels,
         torch.stack(features) if features else None,
         bias=pools[0].bias,
+        shared=shared,
     )
-    return rows, weigh(sizes, config.weight_power)
+    return rows, weigh(sizes, power)
 
 
 def medoids(
@@ -55,12 +59,12 @@ def medoids(
     features: Tensor | None = None,
     *,
     bias: bool = True,
+    shared: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Pick mini-batch coresets from several pools at once.
 
-    Facility location on Euclidean distances between proxy gradients, from each class its share where
-    there are labels. A member counts for the nearest medoid of its class; where its class was too small
-    for a medoid, for the nearest of all.
+    Facility location on Euclidean distances between proxy gradients, within each class where there are labels. A
+    member counts for the nearest medoid of its class; where its class has none, for the nearest of all.
 
     Args:
         gradients: ``[p, r, d]``, a pool each.
@@ -68,39 +72,34 @@ def medoids(
         labels: ``[p, r]`` integer classes, or None to pick from the whole pool.
         features: ``[p, r, h]`` inputs of the last layer, to compare that whole layer's gradients.
         bias: the last layer has a bias.
+        shared: each class gets its share of the medoids; False: as many as it needs. That is greedy facility location
+            on the whole pool, where j represents i by 2 max ||g|| - ||g_i - g_j|| if they are of one class, else by 0.
 
     Returns:
         Rows ``[p, m]``, int64 positions in the pool, ascending, and cluster sizes ``[p, m]``, int64, r in all in
         each pool.
     """
     p, r, _ = gradients.shape
-    picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)
     flat = gradients.reshape(p * r, -1)
     flat_features = None if features is None else features.reshape(p * r, -1)
     members, counts, quotas = _problems(p, r, size, None if labels is None else labels.cpu().numpy())
-    starts = np.cumsum(counts) - counts
-    whole = np.repeat(quotas == counts, counts)
-    picked[torch.from_numpy(members[whole]).to(picked.device)] = True
-    for group in _alike(counts, quotas):
-        width = int(counts[group].max())
-        inside = np.arange(width) < counts[group, None]
-        places = np.where(inside, starts[group, None] + np.arange(width), starts[group, None])
-        rows = torch.from_numpy(members[places]).to(flat.device)
-        f = None if flat_features is None else flat_features[rows]
-        quota = int(quotas[group].max())
-        if width**2 > CHUNK:
-            picks = _pick_from_many(flat[rows[0]], None if f is None else f[0], bias, quota).unsqueeze(0)
-        else:
-            full = bool(inside.all())
-            count = None if full else torch.from_numpy(counts[group]).to(flat.device)
-            similarity = _between(flat[rows], f, bias).neg_()
-            # Distances are symmetric; turned, they lie in memory as the lazy way goes through them.
-            picks = greedy(similarity if width < LAZY_FROM else similarity.mT, quota, count)
-        wanted = torch.arange(picks.shape[1], device=flat.device) < torch.from_numpy(quotas[group, None]).to(
-            flat.device
-        )
-        picked[rows.gather(1, picks)[wanted]] = True
-    rows = picked.view(p, r).nonzero()[:, 1].view(p, size)
+    if shared or labels is None:
+        picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)
+        whole = np.repeat(quotas == counts, counts)
+        picked[torch.from_numpy(members[whole]).to(picked.device)] = True
+        open_ = (quotas > 0) & (quotas < counts)
+        for rows, picks, wanted, _ in _solve(members, counts, quotas, open_, flat, flat_features, bias):
+            picked[rows.gather(1, picks)[wanted]] = True
+        rows = picked.view(p, r).nonzero()[:, 1].view(p, size)
+    else:
+        gains = torch.full((p * r,), -torch.inf, device=gradients.device)
+        far = 2 * _norms(flat, flat_features, bias).view(p, r).amax(1)
+        quotas = np.minimum(counts, size)
+        for rows, picks, wanted, inside in _solve(members, counts, quotas, counts > 0, flat, flat_features, bias):
+            found = _gains(rows, picks, inside, far[rows[:, 0] // r], flat, flat_features, bias)
+            gains[rows.gather(1, picks)[wanted]] = found[wanted].to(gains)
+        # Across classes nobody represents anybody, so the greedy picks are those of all classes, by their gains.
+        rows = gains.view(p, r).sort(dim=1, descending=True, stable=True).indices[:, :size].sort(dim=1).values
     return rows, _cluster_sizes(gradients, rows, labels, features, bias)
 
 
@@ -145,13 +144,81 @@ def _problems(p: int, r: int, size: int, labels: NDArray[np.generic] | None) -> 
     return np.concatenate(members), np.concatenate(counts), np.concatenate(quotas)
 
 
-def _alike(counts: Array, quotas: Array) -> list[Array]:
+def _solve(
+    members: Array,
+    counts: Array,
+    quotas: Array,
+    wanted: NDArray[np.bool_],
+    gradients: Tensor,
+    features: Tensor | None,
+    bias: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Solve problems, those of about one size together.
+
+    Args:
+        members: of each problem, one problem after the other.
+        counts: how many members each has.
+        quotas: how many to pick from it.
+        wanted: which to solve.
+        gradients: ``[p * r, d]``.
+        features: likewise, or None.
+        bias: the last layer has a bias.
+
+    Yields:
+        Rows ``[b, w]`` of the members of some problems; the picks ``[b, q]`` among them, in order; and two masks, which
+        of the picks, ``[b, q]``, and which of the members, ``[b, w]``, are no padding.
+    """
+    starts, device = np.cumsum(counts) - counts, gradients.device
+    for group in _alike(counts, wanted):
+        width = int(counts[group].max())
+        inside = np.arange(width) < counts[group, None]
+        places = np.where(inside, starts[group, None] + np.arange(width), starts[group, None])
+        rows = torch.from_numpy(members[places]).to(device)
+        f = None if features is None else features[rows]
+        quota = int(quotas[group].max())
+        if width**2 > CHUNK:
+            picks = _pick_from_many(gradients[rows[0]], None if f is None else f[0], bias, quota).unsqueeze(0)
+        else:
+            count = None if inside.all() else torch.from_numpy(counts[group]).to(device)
+            similarity = _between(gradients[rows], f, bias).neg_()
+            # Distances are symmetric; turned, they lie in memory as the lazy way goes through them.
+            picks = greedy(similarity if width < LAZY_FROM else similarity.mT, quota, count)
+        own = torch.arange(picks.shape[1], device=device) < torch.from_numpy(quotas[group, None]).to(device)
+        yield rows, picks, own, torch.from_numpy(inside).to(device)
+
+
+def _gains(
+    rows: Tensor, picks: Tensor, inside: Tensor, far: Tensor, gradients: Tensor, features: Tensor | None, bias: bool
+) -> Tensor:
+    """Return what each pick added, ``[b, q]``, where nobody is nearer than ``far``, ``[b]``, before the first."""
+    total = torch.zeros(picks.shape, dtype=gradients.dtype, device=gradients.device)
+    chosen = rows.gather(1, picks)
+    f = None if features is None else features[chosen]
+    step = max(1, CHUNK // picks.numel())
+    for start in range(0, rows.shape[1], step):
+        part = rows[:, start : start + step]
+        of_part = None if features is None else features[part]
+        d = distances(gradients[part], gradients[chosen], of_part, f, bias=bias)
+        d.masked_fill_(part.unsqueeze(2) == chosen.unsqueeze(1), 0.0)  # not nearly 0
+        nearest = torch.cat([far.to(d).view(-1, 1, 1).expand(-1, d.shape[1], 1), d.cummin(2).values], 2)
+        total -= (nearest.diff(dim=2) * inside[:, start : start + step].unsqueeze(2)).sum(1)
+    return total
+
+
+def _norms(gradients: Tensor, features: Tensor | None, bias: bool) -> Tensor:
+    """Return the norms of the gradients, of the whole last layer where there are features."""
+    norms: Tensor = gradients.norm(dim=-1)
+    if features is not None:
+        norms = norms * (features.square().sum(-1) + bias).sqrt()
+    return norms
+
+
+def _alike(counts: Array, wanted: NDArray[np.bool_]) -> list[Array]:
     """Group the problems that need solving by size, so that padding stays small, and by memory."""
     scale = np.ceil(np.log2(counts)).astype(np.int64)
-    open_ = (quotas > 0) & (quotas < counts)
     groups: list[Array] = []
-    for value in np.unique(scale[open_]):
-        group = np.flatnonzero(open_ & (scale == value))
+    for value in np.unique(scale[wanted]):
+        group = np.flatnonzero(wanted & (scale == value))
         width = int(counts[group].max())
         most = 1 if width >= LAZY_FROM else max(1, CHUNK // width**2)  # the lazy way is one problem's at a time
         groups.extend(group[start : start + most] for start in range(0, len(group), most))

@@ -38,8 +38,8 @@ class RunSettings:
         data: folder with the files of cifar10, cifar100, tinyimagenet or snli; else the Hugging Face hub has them.
         model: resnet20, resnet18, resnet50, cnn, conv1d or mlp; for texts bag (means of word vectors), or a pretrained
             one: its name on the Hugging Face hub, or a folder.
-        proxy_model: the small model that crest.proxy_source=model measures, a name as for model; by default mlp, and
-            for texts bag.
+        proxy_model: the small model that crest.proxy_source=auto or model measures, a name as for model. By default
+            auto makes one of its own, or measures the model itself, and model takes mlp, and for texts bag.
         batch_size: examples in a batch, for every method.
         learning_rate: the highest of the schedule.
         schedule: step (x 0.1 at 60 and 85 %), cosine or constant; all after the warm-up.
@@ -145,13 +145,15 @@ class RunSettings:
             want = f"be at most the {examples} training examples"
             raise ConfigError(must("batch_size", want, batch_size, "Use a smaller one."))
         own = self.own
-        if isinstance(own, CrestConfig) and own.pool_size > examples:
-            want = f"be at most the {examples} training examples"
-            do = f"Use for example {min(2 * batch_size, examples)}."
-            raise ConfigError(must("crest.pool_size", want, own.pool_size, do))
         fitted: dict[str, Any] = {"batch_size": batch_size}
         if isinstance(own, CrestConfig):
-            fitted["difficulty"] = self.difficulty
+            # What is left to us is 4m of data that have as many.
+            pool_size = min(4 * batch_size, examples) if own.pool_size is None else own.pool_size
+            if pool_size > examples:
+                want = f"be at most the {examples} training examples"
+                do = f"Use for example {min(2 * batch_size, examples)}."
+                raise ConfigError(must("crest.pool_size", want, pool_size, do))
+            fitted |= {"difficulty": self.difficulty, "pool_size": pool_size}
         if isinstance(own, SubsetConfig):
             fitted["subset"] = self.budget
             held = own.validation if isinstance(own, GlisterConfig) else 0
@@ -159,13 +161,14 @@ class RunSettings:
             if round(self.budget * left) < batch_size:
                 want = f"give {self.method} at least batch_size = {batch_size} of {left} examples to train on"
                 raise ConfigError(must("budget", want, self.budget, "Raise it, or use a smaller batch_size."))
-        proxies = isinstance(own, CrestConfig) and own.proxy_source == "model"
+        source = own.proxy_source if isinstance(own, CrestConfig) else None
+        small = (BAG if isinstance(task.train, Texts) else "mlp") if source == "model" else None
         changed: dict[str, Any] = {} if own is None else {self.method: replace(own, **fitted)}
         return replace(
             self,
             epochs=self.epochs or task.epochs,
             model=self.model or task.model,
-            proxy_model=self.proxy_model or (BAG if isinstance(task.train, Texts) else "mlp") if proxies else None,
+            proxy_model=self.proxy_model or small if source in ("auto", "model") else None,
             batch_size=batch_size,
             learning_rate=self.learning_rate or task.learning_rate,
             optimizer=self.optimizer or task.optimizer,
