@@ -121,11 +121,11 @@ def pairs(data: Path, folder: Path) -> None:
 
 
 STUDIES = {
-    "glyphs": Study(lambda data, _: glyphs(data), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
-    "noise20": Study(permuted(0.2), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
-    "noise40": Study(permuted(0.4), "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
-    "imbalance": Study(imbalanced, "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
-    "duplicates": Study(duplicated, "cnn", 4690, "mlp", (0.15, 0.3, 0.6, 1.2)),
+    "glyphs": Study(lambda data, _: glyphs(data), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "noise20": Study(permuted(0.2), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "noise40": Study(permuted(0.4), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "imbalance": Study(imbalanced, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "duplicates": Study(duplicated, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
     "mnist1d": Study(None, "conv1d", 9375, None, (0.1, 0.2, 0.4)),
     "pairs": Study(pairs, "bag", 3125, None, (0.001, 0.003, 0.01), "adamw"),
 }

@@ -52,7 +52,7 @@ def test_the_surest_are_asked_and_no_others() -> None:
     estimate = noise()
     estimate.add([pool(outputs, labels)])
     estimate.read()
-    assert estimate.share == 0.5, "of the surest two of twenty"
+    assert estimate._lowest == 0.5, "of the surest two of twenty"
 
 
 def test_those_without_a_label_are_not_asked() -> None:
@@ -60,18 +60,22 @@ def test_those_without_a_label_are_not_asked() -> None:
     estimate = noise()
     estimate.add([pool(outputs, labels)])
     estimate.read()
-    assert estimate.share == 0
+    assert estimate._lowest == 0
 
 
-def test_all_may_be_wrong_before_there_is_an_estimate_and_the_lowest_counts() -> None:
+def test_it_counts_once_it_no_longer_falls_and_the_lowest_does() -> None:
     estimate = noise()
     shares = estimate.numbers()
-    for wrong in (0.9, 0.3, 0.8):
-        estimate.add([predictions(4000, wrong)])
+    for wrong in (0.9, 0.6, 0.4, 0.3, 0.3, *[0.35] * 8, 0.1, 0.1, 0.5):
+        estimate.add([predictions(8000, wrong)])
         estimate.read()
         shares += estimate.numbers()
-    assert shares[0] == 1.0
-    assert shares[1] > shares[2] == shares[3]
+    falling = shares.index(next(filter(None, shares)))
+    assert shares[:falling] == [0.0] * falling
+    assert 8 <= falling <= 11
+    assert shares[falling] == pytest.approx(0.35, abs=0.05)
+    assert shares[falling:] == sorted(shares[falling:], reverse=True)
+    assert shares[-1] == shares[-2] < 0.25
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_nothing_is_estimated_without_classes() -> None:
     plain = noise()
     plain.add([Pool(torch.arange(3), None, torch.zeros(3), torch.zeros(3, 1))])
     plain.read()
-    assert plain.share == 1.0
+    assert plain._lowest == 1.0
 
 
 def test_ranks_pick_alike() -> None:
@@ -110,13 +114,14 @@ def test_ranks_pick_alike() -> None:
 
 def test_resumed() -> None:
     one, other = noise(), noise()
-    one.add([predictions(500, 0.3)])
+    for seed in range(12):
+        one.add([predictions(500, 0.3, seed)])
     other.load_state_dict(one.state_dict())
     for estimate in (one, other):
         estimate.add([predictions(500, 0.1, seed=1)])
         estimate.read()
     assert one.numbers() == other.numbers()
-    assert one.numbers()[0] < 0.3
+    assert 0 < one.numbers()[0] < 0.3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])

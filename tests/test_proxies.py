@@ -309,7 +309,7 @@ class TestApprentice:
 
 class TestAuto:
     def test_makes_a_small_network_where_it_can(self) -> None:
-        auto = Auto(Meter(make_cnn(), Classification(), How()), 0)
+        auto = Auto(Meter(make_cnn(), Classification(), How()), 0, counts=True)
         x, y = images(R).tensors
         pool, rows = auto.measure(0, torch.arange(R), [x, y])
         assert isinstance(auto.chosen, Apprentice)
@@ -324,7 +324,7 @@ class TestAuto:
         tokens = torch.randint(9, (R, 5), generator=torch.Generator().manual_seed(0))
         embedding = seeded(lambda: nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 4)))
         y = tokens[:, 0] % 4
-        auto = Auto(Meter(embedding, Classification(), How()), 0)
+        auto = Auto(Meter(embedding, Classification(), How()), 0, counts=True)
         pool, rows = auto.measure(0, torch.arange(R), [tokens, y])
         assert rows is None
         assert auto.meters == []

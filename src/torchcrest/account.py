@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from torchcrest.config import CrestConfig
+from torchcrest.config import CrestConfig, counted
 from torchcrest.measure import Meter, device_of, synchronize
 from torchcrest.overhead import Budget, Clock, Purpose
 from torchcrest.proxies import Forward
@@ -39,8 +37,7 @@ class Account:
     def __init__(self, config: CrestConfig, meter: Meter, source: Forward) -> None:
         self.budget = Budget(config.max_overhead)
         self.clock = Clock()
-        auto = config.overhead_in == "auto" and torch.are_deterministic_algorithms_enabled()
-        self.counts = auto or config.overhead_in == "counted"
+        self.counts = counted(config)
         self._config = config
         self._meter = meter
         self._source = source

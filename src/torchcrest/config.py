@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
+import torch
+
 from torchcrest.checks import Checks, suggest
 from torchcrest.errors import ConfigError, must
 
-__all__ = ["PRESETS", "CrestConfig", "steps_of"]
+__all__ = ["PRESETS", "CrestConfig", "counted", "steps_of"]
 
 Curvature = Literal["rms", "signed", "unsmoothed", "first_order"]
 CurvatureProduct = Literal["double_backward", "finite_difference"]
@@ -242,6 +244,12 @@ class CrestConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain numbers and strings."""
         return asdict(self)
+
+
+def counted(config: CrestConfig) -> bool:
+    """Tell whether the bound is in counted examples, not in seconds."""
+    auto = config.overhead_in == "auto" and torch.are_deterministic_algorithms_enabled()
+    return auto or config.overhead_in == "counted"
 
 
 def steps_of(share: int | float, steps: int) -> int:

@@ -16,6 +16,7 @@ __all__ = ["LabelNoise"]
 
 SUREST = 0.1  # share of the predictions that are asked
 MEMORY = 0.7  # what is left of a group's weight when the next one comes
+FALLING, PATIENCE = 0.9, 5  # an estimate that falls below this share of the lowest still falls; groups without one
 SOME, MANY = 0.1, 0.3  # wrong labels: from here on pools are larger; from here on clusters count in full
 
 
@@ -25,8 +26,8 @@ class LabelNoise:
     The examples of a pool have mostly not been trained on of late. Where a prediction is among the surest tenth of
     such examples and the label is another, the label is at fault more often than not: the accuracy among them tends to
     the share of right labels as the predictions get better. They get better in training, so the lowest estimate so far
-    counts. Before there is one, all labels may be wrong. Of classes that cannot be told apart it takes the one label
-    or the other for wrong; so it does where what is measured has learned the wrong labels by heart the other way round.
+    counts; and until it no longer falls, none does, and labels count as right. Of classes that cannot be told apart it
+    takes some labels for wrong; wrong labels that are learned by heart it takes for right.
 
     Args:
         config: says what is known, and how coresets are picked where labels are right.
@@ -41,11 +42,12 @@ class LabelNoise:
         self._estimates = config.label_noise == "estimated" and known
         self.share: float | None = None
         if self._estimates:
-            self.share = 1.0
+            self.share = 0.0
         elif not isinstance(config.label_noise, str):
             self.share = config.label_noise
         self._m, self._r, self._power = config.batch_size, config.pool, config.weight_power
         self._wrong = self._weight = 0.0
+        self._lowest, self._still = 1.0, 0
         self._unread: list[Tensor] = []
 
     @property
@@ -78,7 +80,11 @@ class LabelNoise:
         for wrong in torch.stack(self._unread).tolist():
             self._wrong = MEMORY * self._wrong + wrong
             self._weight = MEMORY * self._weight + 1
-            self.share = min(self.share, self._wrong / self._weight)
+            estimate = self._wrong / self._weight
+            if self._still < PATIENCE:
+                self._still = 0 if estimate < FALLING * self._lowest else self._still + 1
+            self._lowest = min(self._lowest, estimate)
+            self.share = self._lowest if self._still == PATIENCE else 0.0
         self._unread.clear()
 
     def numbers(self) -> list[float]:
@@ -93,8 +99,10 @@ class LabelNoise:
     def state_dict(self) -> dict[str, Any]:
         """Return the estimate."""
         self.read()
-        return {"share": self.share, "wrong": self._wrong, "weight": self._weight}
+        names = ("share", "_wrong", "_weight", "_lowest", "_still")
+        return {name.strip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
         self.share, self._wrong, self._weight = state["share"], float(state["wrong"]), float(state["weight"])
+        self._lowest, self._still = float(state["lowest"]), int(state["still"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchcrest import tree
-from torchcrest.config import CrestConfig, steps_of
+from torchcrest.config import CrestConfig, counted, steps_of
 from torchcrest.errors import ConfigError, DataError, NonFiniteLossError, must
 from torchcrest.measure import Meter, device_of, forked, pool_of
 from torchcrest.objectives import Projecting
@@ -253,11 +253,12 @@ class Auto(Forward):
     Args:
         meter: measures the model in training.
         seed: of the network's first weights.
+        counts: the cost of its forward pass, in the model's, will be asked for: count operations.
     """
 
-    def __init__(self, meter: Meter, seed: int) -> None:
+    def __init__(self, meter: Meter, seed: int, counts: bool = False) -> None:
         super().__init__(meter)
-        self._seed = seed
+        self._seed, self._counts = seed, counts
         self.chosen: Forward | None = None
 
     @property
@@ -300,15 +301,20 @@ class Auto(Forward):
         """Choose by what the model gives for the first example of a pool."""
         if isinstance(self.meter.objective, Projecting):
             return Forward(self.meter)
-        with FlopCounterMode(display=False) as large:
-            outputs = self.meter.forward(first, 1)[0]
+        outputs, large = self._count(lambda: self.meter.forward(first, 1)[0])
         if not can_learn(self.meter.objective, data, outputs):
             return Forward(self.meter)
         student = Student.of(data, outputs.shape[1], self._seed)
-        with FlopCounterMode(display=False) as small, torch.no_grad():
-            self.meter.objective.outputs(student, first)
-        counts = small.get_total_flops(), large.get_total_flops()
-        return self._apprentice(student, counts[0] / counts[1] if all(counts) else None)
+        small = self._count(lambda: self.meter.objective.outputs(student, first))[1]
+        return self._apprentice(student, small / large if small and large else None)
+
+    def _count(self, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """Return what a call returns, and the floating-point operations of its matrix products; 0: not counted."""
+        with torch.no_grad():
+            if not self._counts:
+                return call(), 0
+            with FlopCounterMode(display=False) as counter:
+                return call(), counter.get_total_flops()
 
     def _apprentice(self, student: Student, share: float | None) -> Apprentice:
         # Trained in every second step it picks as well, for half of what costs most (benchmarks).
@@ -339,7 +345,7 @@ def source_of(
         "forward": lambda: Forward(meter),
         "history": lambda: History(meter, examples, steps_of(config.history_age, steps), config.history_bytes),
         "resolution": lambda: Coarse(meter, config.resolution),
-        "auto": lambda: Auto(meter, seed) if config.proxy == "outputs" else Forward(meter),
+        "auto": lambda: Auto(meter, seed, counted(config)) if config.proxy == "outputs" else Forward(meter),
     }
     if model is not None:
         return Apprentice(meter, model, optimizer, seed)
