@@ -106,7 +106,9 @@ def test_weights_are_cluster_sizes_to_a_power(blobs: Blobs, power: float) -> Non
 
 def test_stratified_batches_have_their_share_of_each_class(blobs: Blobs) -> None:
     """With the pool the whole data set, a batch has the data set's classes up to one."""
-    config = CrestConfig(batch_size=60, pool_size=300, exclude=False, max_overhead=None)
+    config = CrestConfig(
+        batch_size=60, pool_size=300, exclude=False, max_overhead=None, quotas="share", label_noise=None
+    )
     crest = make_crest(make_net(), blobs, config=config, steps=3)
     exact = blobs.y.bincount(minlength=4) * 60 / 300
     for (_, _, y), _ in crest:

@@ -207,7 +207,7 @@ class Crest(Passes):
             if values is not None and (values.dim() == 0 or len(values) != len(self.indices)):
                 want = f"have {len(self.indices)} entries, one an example of the last batch"
                 raise DataError(must(name, want, tuple(values.shape), "Observe after each batch, unreduced."))
-        if self.config.proxy_source in ("auto", "history", "model"):  # little else is measured there
+        if self._source.blind:
             self._unseen.append((self.indices, losses.detach()))
         if outputs is not None:
             self._source.note(self._step, self.indices, outputs)

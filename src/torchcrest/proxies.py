@@ -28,7 +28,10 @@ class Forward:
 
     Attributes:
         meter: measures the model.
+        blind: hardly any of its losses are the model's, so those of training are needed to tell what is learned.
     """
+
+    blind = False
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -92,6 +95,8 @@ class History(Forward):
         age: oldest outputs, in steps, that are still used.
         most: bytes that may be taken.
     """
+
+    blind = True
 
     def __init__(self, meter: Meter, examples: int, age: int, most: int) -> None:
         super().__init__(meter)
@@ -169,6 +174,8 @@ class Apprentice(Forward):
         share: what a forward pass costs, in passes of the large one; None: the share of parameters, which is a guess
             that "seconds" does without.
     """
+
+    blind = True
 
     def __init__(
         self,
@@ -262,6 +269,11 @@ class Auto(Forward):
         self.chosen: Forward | None = None
 
     @property
+    def blind(self) -> bool:  # type: ignore[override]
+        """Whether what was chosen is."""
+        return self.chosen is not None and self.chosen.blind
+
+    @property
     def meters(self) -> list[tuple[Meter, float]]:
         """Those of what was chosen."""
         return self.chosen.meters if self.chosen else []
@@ -269,9 +281,8 @@ class Auto(Forward):
     def measure(self, step: int, indices: Tensor, data: Any) -> tuple[Pool, Tensor | None]:
         """Measure what was chosen; choose, before the first pool."""
         if self.chosen is None:
-            first = tree.move(tree.part(data, 0, 1), device_of(self.meter.model))
             data = tree.move(data, device_of(self.meter.model))
-            self.chosen = self._choose(first, data)
+            self.chosen = self._choose(data, min(2, len(indices)))
         return self.chosen.measure(step, indices, data)
 
     def learn(self, batch: WeightedBatch, step: int, indices: Tensor) -> float:
@@ -297,11 +308,12 @@ class Auto(Forward):
                 self.chosen = self._apprentice(student.to(device_of(self.meter.model)), state["share"])
             self.chosen.load_state_dict(state["state"])
 
-    def _choose(self, first: Any, data: Any) -> Forward:
-        """Choose by what the model gives for the first example of a pool."""
+    def _choose(self, data: Any, some: int) -> Forward:
+        """Choose by what the model gives for some examples of a pool; two, where there may be statistics of a batch."""
         if isinstance(self.meter.objective, Projecting):
             return Forward(self.meter)
-        outputs, large = self._count(lambda: self.meter.forward(first, 1)[0])
+        first = tree.part(data, 0, some)
+        outputs, large = self._count(lambda: self.meter.forward(first, some)[0])
         if not can_learn(self.meter.objective, data, outputs):
             return Forward(self.meter)
         student = Student.of(data, outputs.shape[1], self._seed)
