@@ -10,6 +10,7 @@ many steps as take a method's seconds; all selection is inside the clock. A meth
 from random data at equal time, seed by seed, has a 95 % interval above 0.
 
     OMP_NUM_THREADS=1 python benchmarks/study.py --data FOLDER --tasks glyphs noise40 --out benchmarks/study.jsonl
+    python benchmarks/study.py --table benchmarks/study.jsonl
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torchcrest import CrestConfig
 from torchcrest.train.compare import compare, plan
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
-from torchcrest.train.verdict import judge
+from torchcrest.train.verdict import Difference, judge
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -198,18 +199,60 @@ def tuned(
     return {method: max(each, key=lambda rate: each[rate]) for method, each in found.items()}
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of the records of `--out`, and how many cells each method won, tied and lost."""
+    lines = [
+        "| task | budget | method | rate | accuracy % | equal steps | equal time | seconds |",
+        "|---|" + "---:|" * 7,
+    ]
+    cells: dict[str, list[int]] = {}
+
+    def points(difference: Difference | None) -> str:
+        if difference is None or difference.low is None or difference.high is None:
+            return ""
+        return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+    keys = dict.fromkeys((record["recipe"], record["task"]) for record in records)
+    for recipe, task in keys:
+        some = [r for r in records if (r["recipe"], r["task"]) == (recipe, task)]
+        verdicts = {(v.method, v.budget): v for v in judge(some)}
+        for budget in sorted({budget for _, budget in verdicts}):
+            for method in dict.fromkeys(r["method"] for r in some):
+                runs = [r for r in some if (r["method"], r["budget"]) == (method, budget)]
+                if not runs:
+                    continue
+                accuracies, seconds = ([r[name] for r in runs] for name in ("accuracy", "seconds"))
+                verdict = verdicts.get((method, budget))
+                times = verdict.equal_time if verdict else None
+                if times and times.low is not None and times.high is not None:
+                    place = 0 if times.low > 0 else 2 if times.high < 0 else 1
+                    cells.setdefault(f"{recipe}: {method}", [0, 0, 0])[place] += 1
+                row = [task, f"{budget:g}", method, f"{runs[0]['rate']:g}"]
+                row += [f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}"]
+                row += [points(verdict.equal_steps if verdict else None), points(times)]
+                lines.append(f"| {' | '.join([*row, f'{statistics.median(seconds):.1f}'])} |")
+    counts = [f"{name}: {won} won, {tied} tied, {lost} lost" for name, (won, tied, lost) in cells.items()]
+    return "\n".join([*lines, "", *counts])
+
+
 def main() -> None:
     """Run what is missing; write JSON lines and print a row for each method and budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with glyphs62.npz and debian_pairs_*.jsonl.gz")
+    parser.add_argument("--data", type=Path, help="folder with glyphs62.npz and debian_pairs_*.jsonl.gz")
+    parser.add_argument("--table", type=Path, help="print the table of these JSON lines, and run nothing")
     parser.add_argument("--tasks", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--methods", nargs="+", default=["random", "infobatch", "crest"])
     parser.add_argument("--recipe", default="default", choices=list(RECIPES))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.table:
+        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        return
+    if not args.data or not args.out:
+        parser.error("--data and --out are needed to run anything")
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     for name in args.tasks:

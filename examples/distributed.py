@@ -38,7 +38,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train, test = points(5000, seed=1), points(1000, seed=2)
 
-    config = CrestConfig(batch_size=BATCH, pool_size=4 * BATCH)  # CREST
+    config = CrestConfig(batch_size=BATCH)  # CREST
     crest = Crest(model, train, config, steps=STEPS, seed=0)  # CREST: the same seed on all ranks
     for (x, y), weights in crest:  # CREST: instead of a DataLoader with a DistributedSampler
         losses = F.cross_entropy(model(x), y, reduction="none")

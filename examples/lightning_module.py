@@ -38,7 +38,7 @@ class Digits(LightningModule):
     def train_dataloader(self) -> Crest:
         """Return the loader of one epoch after the other."""
         # An epoch is one pass of many, so the interval of exclusion is given in steps.
-        config = CrestConfig(batch_size=BATCH, pool_size=2 * BATCH, learned_interval=STEPS)  # CREST
+        config = CrestConfig(batch_size=BATCH, learned_interval=STEPS)  # CREST
         return Crest(self, self.train_set, config, steps=STEPS)  # CREST: instead of a DataLoader
 
     def training_step(self, batch: tuple[tuple[Tensor, Tensor], Tensor], batch_idx: int) -> Tensor:

@@ -27,7 +27,7 @@ def main() -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
-    config = CrestConfig(batch_size=BATCH, pool_size=2 * BATCH)  # CREST
+    config = CrestConfig(batch_size=BATCH)  # CREST
     crest = Crest(net, train_set, config, steps=STEPS)  # CREST: instead of a DataLoader
     for (x, y), weights in crest:  # CREST
         losses = F.cross_entropy(net(x), y, reduction="none")

@@ -101,7 +101,7 @@ def main() -> None:
             save_strategy="no",
             report_to=[],
         )
-        config = CrestConfig(batch_size=BATCH, pool_size=4 * BATCH)  # CREST
+        config = CrestConfig(batch_size=BATCH)  # CREST
         trainer = CrestTrainer(  # CREST: instead of Trainer
             model=model,
             args=args,

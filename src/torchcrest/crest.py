@@ -43,7 +43,7 @@ class Crest(Passes):
     Asking for the next batch means that the last step is over, so checks and selection happen there. Your
     ``.grad``, buffers, training flags and random state stay as they are. ::
 
-        crest = Crest(model, train_set, CrestConfig(batch_size=128, pool_size=512), steps=8000, seed=0)
+        crest = Crest(model, train_set, CrestConfig(batch_size=128), steps=8000, seed=0)
         for (x, y), weights in crest:
             losses = F.cross_entropy(model(x), y, reduction="none")
             (losses * weights).mean().backward()

@@ -34,7 +34,7 @@ class CrestCallback(Callback):
     Return the loader from ``train_dataloader``; a batch comes to ``training_step`` as a pair. ::
 
         def train_dataloader(self):
-            config = CrestConfig(batch_size=128, pool_size=512, learned_interval=1600)
+            config = CrestConfig(batch_size=128, learned_interval=1600)
             return Crest(self, train_set, config, steps=400)
 
         def training_step(self, batch, batch_idx):

@@ -221,7 +221,7 @@ class CrestTrainer(CrestMixin, Trainer):
 
         trainer = CrestTrainer(
             model=model, args=args, train_dataset=train, data_collator=collator,
-            crest=CrestConfig(batch_size=args.per_device_train_batch_size, pool_size=64),
+            crest=CrestConfig(batch_size=args.per_device_train_batch_size),
         )
         trainer.train()
 
