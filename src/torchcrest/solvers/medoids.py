@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -83,24 +84,28 @@ def medoids(
     flat = gradients.reshape(p * r, -1)
     flat_features = None if features is None else features.reshape(p * r, -1)
     members, counts, quotas = _problems(p, r, size, None if labels is None else labels.cpu().numpy())
+    picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)
     if shared or labels is None:
-        picked = torch.zeros(p * r, dtype=torch.bool, device=gradients.device)
         whole = np.repeat(quotas == counts, counts)
         picked[torch.from_numpy(members[whole]).to(picked.device)] = True
         open_ = (quotas > 0) & (quotas < counts)
-        for rows, picks, wanted, _ in _solve(members, counts, quotas, open_, flat, flat_features, bias):
-            picked[rows.gather(1, picks)[wanted]] = True
+        for solved in _solve(members, counts, quotas, open_, flat, flat_features, bias):
+            picked[solved.rows.gather(1, solved.picks)[solved.wanted]] = True
         rows = picked.view(p, r).nonzero()[:, 1].view(p, size)
-    else:
-        gains = torch.full((p * r,), -torch.inf, device=gradients.device)
-        far = 2 * _norms(flat, flat_features, bias).view(p, r).amax(1)
-        quotas = np.minimum(counts, size)
-        for rows, picks, wanted, inside in _solve(members, counts, quotas, counts > 0, flat, flat_features, bias):
-            found = _gains(rows, picks, inside, far[rows[:, 0] // r], flat, flat_features, bias)
-            gains[rows.gather(1, picks)[wanted]] = found[wanted].to(gains)
-        # Across classes nobody represents anybody, so the greedy picks are those of all classes, by their gains.
-        rows = gains.view(p, r).sort(dim=1, descending=True, stable=True).indices[:, :size].sort(dim=1).values
-    return rows, _cluster_sizes(gradients, rows, labels, features, bias)
+        return rows, _cluster_sizes(gradients, rows, labels, features, bias)
+    gains = torch.full((p * r,), -torch.inf, device=gradients.device)
+    far = 2 * _norms(flat, flat_features, bias).view(p, r).amax(1)
+    kept, held = [], 0
+    for solved in _solve(members, counts, np.minimum(counts, size), counts > 0, flat, flat_features, bias):
+        found = _gains(solved, far[solved.rows[:, 0] // r], flat, flat_features, bias)
+        gains[solved.rows.gather(1, solved.picks)[solved.wanted]] = found[solved.wanted].to(gains)
+        held += CHUNK if solved.distances is None else solved.distances.numel()
+        kept += [solved] if held < CHUNK else []
+    # Across classes nobody represents anybody, so the greedy picks are those of all classes, by their gains.
+    rows = gains.view(p, r).sort(dim=1, descending=True, stable=True).indices[:, :size].sort(dim=1).values
+    if held >= CHUNK:
+        return rows, _cluster_sizes(gradients, rows, labels, features, bias)
+    return rows, _sizes_within(kept, rows, flat, flat_features, bias)
 
 
 def weigh(sizes: Tensor, power: float) -> Tensor:
@@ -144,6 +149,20 @@ def _problems(p: int, r: int, size: int, labels: NDArray[np.generic] | None) -> 
     return np.concatenate(members), np.concatenate(counts), np.concatenate(quotas)
 
 
+class _Solved(NamedTuple):
+    """Problems of about one size, solved: rows ``[b, w]`` of the members and picks ``[b, q]`` among them, in order.
+
+    ``wanted`` ``[b, q]`` and ``inside`` ``[b, w]`` tell picks and members from padding. The distances ``[b, w, w]``
+    among members are None where they were too many to hold.
+    """
+
+    rows: Tensor
+    picks: Tensor
+    wanted: Tensor
+    inside: Tensor
+    distances: Tensor | None
+
+
 def _solve(
     members: Array,
     counts: Array,
@@ -152,7 +171,7 @@ def _solve(
     gradients: Tensor,
     features: Tensor | None,
     bias: bool,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[_Solved]:
     """Solve problems, those of about one size together.
 
     Args:
@@ -163,10 +182,6 @@ def _solve(
         gradients: ``[p * r, d]``.
         features: likewise, or None.
         bias: the last layer has a bias.
-
-    Yields:
-        Rows ``[b, w]`` of the members of some problems; the picks ``[b, q]`` among them, in order; and two masks, which
-        of the picks, ``[b, q]``, and which of the members, ``[b, w]``, are no padding.
     """
     starts, device = np.cumsum(counts) - counts, gradients.device
     for group in _alike(counts, wanted):
@@ -176,33 +191,72 @@ def _solve(
         rows = torch.from_numpy(members[places]).to(device)
         f = None if features is None else features[rows]
         quota = int(quotas[group].max())
+        between = None
         if width**2 > CHUNK:
             picks = _pick_from_many(gradients[rows[0]], None if f is None else f[0], bias, quota).unsqueeze(0)
         else:
             count = None if inside.all() else torch.from_numpy(counts[group]).to(device)
-            similarity = _between(gradients[rows], f, bias).neg_()
+            between = _between(gradients[rows], f, bias)
+            similarity = between.neg()
             # Distances are symmetric; turned, they lie in memory as the lazy way goes through them.
             picks = greedy(similarity if width < LAZY_FROM else similarity.mT, quota, count)
         own = torch.arange(picks.shape[1], device=device) < torch.from_numpy(quotas[group, None]).to(device)
-        yield rows, picks, own, torch.from_numpy(inside).to(device)
+        yield _Solved(rows, picks, own, torch.from_numpy(inside).to(device), between)
 
 
-def _gains(
-    rows: Tensor, picks: Tensor, inside: Tensor, far: Tensor, gradients: Tensor, features: Tensor | None, bias: bool
-) -> Tensor:
+def _gains(solved: _Solved, far: Tensor, gradients: Tensor, features: Tensor | None, bias: bool) -> Tensor:
     """Return what each pick added, ``[b, q]``, where nobody is nearer than ``far``, ``[b]``, before the first."""
+    rows, picks, _, inside, between = solved
     total = torch.zeros(picks.shape, dtype=gradients.dtype, device=gradients.device)
     chosen = rows.gather(1, picks)
     f = None if features is None else features[chosen]
     step = max(1, CHUNK // picks.numel())
     for start in range(0, rows.shape[1], step):
         part = rows[:, start : start + step]
-        of_part = None if features is None else features[part]
-        d = distances(gradients[part], gradients[chosen], of_part, f, bias=bias)
-        d.masked_fill_(part.unsqueeze(2) == chosen.unsqueeze(1), 0.0)  # not nearly 0
+        if between is None:
+            of_part = None if features is None else features[part]
+            d = distances(gradients[part], gradients[chosen], of_part, f, bias=bias)
+            d.masked_fill_(part.unsqueeze(2) == chosen.unsqueeze(1), 0.0)  # not nearly 0
+        else:
+            some = between[:, start : start + step]
+            d = some.gather(2, picks.unsqueeze(1).expand(-1, some.shape[1], -1))
         nearest = torch.cat([far.to(d).view(-1, 1, 1).expand(-1, d.shape[1], 1), d.cummin(2).values], 2)
         total -= (nearest.diff(dim=2) * inside[:, start : start + step].unsqueeze(2)).sum(1)
     return total
+
+
+def _sizes_within(
+    solved: Sequence[_Solved], rows: Tensor, gradients: Tensor, features: Tensor | None, bias: bool
+) -> Tensor:
+    """Count each medoid's cluster by distances within classes; where a class has no medoid, by those to all."""
+    p, size = rows.shape
+    r = len(gradients) // p
+    every = rows + r * torch.arange(p, device=rows.device).unsqueeze(1)
+    picked = torch.zeros(p * r, dtype=torch.bool, device=rows.device)
+    picked[every] = True
+    sizes = torch.zeros(p * r, dtype=torch.int64, device=rows.device)
+    left = []
+    for each in solved:
+        assert each.distances is not None
+        chosen = picked[each.rows] & each.inside
+        own = torch.arange(chosen.shape[1], device=rows.device)
+        nearest = each.distances.masked_fill(~chosen.unsqueeze(1), torch.inf).argmin(2)
+        heads = each.rows.gather(1, torch.where(chosen, own, nearest))
+        some = chosen.any(1, keepdim=True)
+        # Padding is the first member once more, and must not count.
+        sizes.scatter_add_(0, heads.flatten(), (each.inside & some).flatten().long())
+        left.append(each.rows[each.inside & ~some])
+    alone = torch.cat(left)
+    for part in alone.split(max(1, CHUNK // (size * gradients.shape[1]))):
+        heads = every[part // r]
+        f = None if features is None else features
+        of_part = None if f is None else f[part].unsqueeze(1)
+        d = distances(
+            gradients[part].unsqueeze(1), gradients[heads], of_part, None if f is None else f[heads], bias=bias
+        )
+        nearest = heads.gather(1, d[:, 0].argmin(1, keepdim=True))[:, 0]
+        sizes.scatter_add_(0, nearest, torch.ones_like(nearest))
+    return sizes[every]
 
 
 def _norms(gradients: Tensor, features: Tensor | None, bias: bool) -> Tensor:
