@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -484,19 +485,23 @@ class TestFSDP:
             assert "model must be sharded over the 2 processes of process_group, got 'a mesh of 1'" in refusal
 
 
-def train_with_a_proxy(rank: int, size: int) -> Any:
+def train_with_a_proxy(own: bool, rank: int, size: int) -> Any:
     config = replace(CONFIG, proxy_source="model", renew=4, max_overhead=1.0, overhead_in="counted")
+    if not own:
+        config = replace(config, proxy_source="auto", label_noise="estimated", quotas="need", pool_size=64)
     results = []
     builds: list[Callable[[], nn.Module]] = [ddp, lambda: fsdp(init_device_mesh("cpu", (size,)))]
     for build in builds:
-        whole, resumed = (Run(build(), Blobs(901), config=config, proxy_model=make_net(3)) for _ in range(2))
+        small = [make_net(3) if own else None for _ in range(2)]
+        whole, resumed = (Run(build(), Blobs(901), config=config, proxy_model=each) for each in small)
         whole.go(keep=True)
         results.append((whole.outcome(), resumed.load(whole.states[9]).go().outcome()))
     return results
 
 
-def test_each_rank_has_a_proxy_model_of_its_own(tmp_path: Path) -> None:
-    ranks = launch(train_with_a_proxy, 2, tmp_path)
+@pytest.mark.parametrize("own", [True, False], ids=["yours", "made"])
+def test_each_rank_has_a_proxy_model_of_its_own(own: bool, tmp_path: Path) -> None:
+    ranks = launch(partial(train_with_a_proxy, own), 2, tmp_path)
     for (zero, resumed), (one, _) in zip(*ranks, strict=True):
         assert zero["history"] == one["history"]
         assert same(zero["parameters"], one["parameters"])
