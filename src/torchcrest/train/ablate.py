@@ -26,6 +26,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-exclusion": {"exclude": False},
     "uniform-weights": {"weight_power": 0.0},
     "global-selection": {"stratify": False},
+    "equal-shares": {"quotas": "share"},
+    "labels-as-right": {"label_noise": 0.0},
+    "own-forward": {"proxy_source": "forward"},
+    "checked": {"check": "paired"},
     "whole-last-layer": {"proxy": "last_layer"},
 }
 COLUMNS = ["variant", "n", "error %", "more", "reg.", "sel%", "seconds"]
