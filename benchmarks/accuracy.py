@@ -26,19 +26,22 @@ from torchcrest.train.settings import RunSettings
 
 VARIANTS = {
     "crest": CrestConfig(),
-    "crest r=512": CrestConfig(pool_size=512),
-    "crest no bound": CrestConfig(max_overhead=None),
-    "crest used again": CrestConfig(renew=None),
-    "crest no check": CrestConfig(check="none"),
-    "crest bfloat16": CrestConfig(measure_dtype="bfloat16", channels_last=True),
-    "crest bfloat16 no bound": CrestConfig(measure_dtype="bfloat16", channels_last=True, max_overhead=None),
-    "crest history": CrestConfig(proxy_source="history"),
-    "crest resolution": CrestConfig(proxy_source="resolution"),
-    "crest proxy model": CrestConfig(proxy_source="model"),
-    "crest paper weights": CrestConfig(weight_power=1.0),
-    "crest uniform weights": CrestConfig(weight_power=0.0),
-    "crest no exclusion": CrestConfig(exclude=False),
-    "crest rms curvature": CrestConfig(curvature="rms"),
+    "crest forward": CrestConfig.preset("forward"),
+    "crest r=512": CrestConfig.preset("forward", pool_size=512),
+    "crest no bound": CrestConfig.preset("forward", max_overhead=None),
+    "crest used again": CrestConfig.preset("forward", renew=None),
+    "crest no check": CrestConfig.preset("forward", check="none"),
+    "crest bfloat16": CrestConfig.preset("forward", measure_dtype="bfloat16", channels_last=True),
+    "crest bfloat16 no bound": CrestConfig.preset(
+        "forward", measure_dtype="bfloat16", channels_last=True, max_overhead=None
+    ),
+    "crest history": CrestConfig.preset("forward", proxy_source="history"),
+    "crest resolution": CrestConfig.preset("forward", proxy_source="resolution"),
+    "crest proxy model": CrestConfig.preset("forward", proxy_source="model"),
+    "crest paper weights": CrestConfig.preset("forward", weight_power=1.0),
+    "crest uniform weights": CrestConfig.preset("forward", weight_power=0.0),
+    "crest no exclusion": CrestConfig.preset("forward", exclude=False),
+    "crest rms curvature": CrestConfig.preset("forward", curvature="rms"),
 }
 
 

@@ -33,7 +33,9 @@ from torchcrest.train.tasks import load
 
 M = 128
 CONFIGS = {
-    f"r={times}m, weights^{power:g}": CrestConfig(batch_size=M, pool_size=times * M, weight_power=power)
+    f"r={times}m, weights^{power:g}": CrestConfig.preset(
+        "forward", batch_size=M, pool_size=times * M, weight_power=power
+    )
     for times in (2, 4, 8)
     for power in (1.0, 0.5, 0.0)
 }
@@ -151,11 +153,13 @@ def measure(args: argparse.Namespace) -> None:
             file.flush()
 
         pairs = []
-        cost(task, args.model, CrestConfig(batch_size=M), 10, 0, args.rate)  # the first run pays for a cold machine
+        cost(
+            task, args.model, CrestConfig.preset("forward", batch_size=M), 10, 0, args.rate
+        )  # the first run pays for a cold machine
         for pair in range(args.pairs):
             both = {}
             for on in (False, True) if pair % 2 else (True, False):
-                config = CrestConfig(batch_size=M, diagnostics=on, overhead_in="counted")
+                config = CrestConfig.preset("forward", batch_size=M, diagnostics=on, overhead_in="counted")
                 both[on], own = cost(task, args.model, config, args.pair_steps, pair, args.rate)
                 share = own / both[on] if on else 0.0
                 write(pair=pair, diagnostics=on, steps=args.pair_steps, cpu_seconds=both[on], share=share)
@@ -169,7 +173,12 @@ def measure(args: argparse.Namespace) -> None:
 
         model = task.build(args.model, 0)
         crest = Crest(
-            model, task.train, CrestConfig(batch_size=M), steps=args.steps, seed=0, collate_fn=task.train.collate
+            model,
+            task.train,
+            CrestConfig.preset("forward", batch_size=M),
+            steps=args.steps,
+            seed=0,
+            collate_fn=task.train.collate,
         )
         for step in training(model, crest, args.rate):
             if step not in args.at:

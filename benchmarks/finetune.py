@@ -121,7 +121,9 @@ def once(
     transformers.set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=classes)
     own = VARIANTS[name]
-    config = None if own is None else CrestConfig(batch_size=args.batch, pool_size=2 * args.batch, **own)
+    config = (
+        None if own is None else CrestConfig.preset("forward", batch_size=args.batch, pool_size=2 * args.batch, **own)
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

@@ -72,7 +72,7 @@ def main() -> None:
                     seed=pair,
                     evaluations=1,
                     device=args.device,
-                    crest=CrestConfig(**(own or {})),
+                    crest=CrestConfig.preset("forward", **(own or {})),
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     summary = train(settings, Path(folder))

@@ -59,7 +59,7 @@ def profile(task: str, name: str, steps: int, own: dict[str, Any]) -> dict[str, 
     data = load(task)
     model = build(name, data.shape, data.classes, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    crest = Crest(model, data.train, CrestConfig(**own), steps=steps, collate_fn=Examples.collate)
+    crest = Crest(model, data.train, CrestConfig.preset("forward", **own), steps=steps, collate_fn=Examples.collate)
     profiler = cProfile.Profile(time.process_time)  # what else the machine does is not counted
     profiler.enable()
     for (x, y), weights in crest:

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/ranks.jsonl"))
     args = parser.parse_args()
-    config = CrestConfig(batch_size=64, pool_size=128)
+    config = CrestConfig.preset("forward", batch_size=64, pool_size=128)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchcrest", "torch.distributed.fsdp"])
     for wrap, method, size in ((w, m, n) for w in args.wraps for m in ("random", "crest") for n in args.processes):

@@ -96,8 +96,8 @@ def grow(examples: int, steps: int, repeat: int) -> dict[str, Any]:
     data, model = Indexed(examples, width), network(width, 32)
     peak = PeakMemory(torch.device("cpu"))
     before = peak.read() or 0
-    config = CrestConfig(
-        tolerance=1e-9, interval_scale=REGION, curvature="first_order", learned_interval=steps - REGION
+    config = CrestConfig.preset(
+        "forward", tolerance=1e-9, interval_scale=REGION, curvature="first_order", learned_interval=steps - REGION
     )
     stamps: list[float] = [time.thread_time()]
     crest = Crest(model, data, config, steps=steps)
@@ -131,7 +131,7 @@ def remember(
     peak = PeakMemory(torch.device("cpu"))
     before = peak.read() or 0
     model = network(width, hidden)
-    config = CrestConfig(batch_size=batch, pool_size=pool, curvature=curvature)  # type: ignore[arg-type]
+    config = CrestConfig.preset("forward", batch_size=batch, pool_size=pool, curvature=curvature)
     loader: Any = (
         Crest(model, data, config, steps=steps)
         if method == "crest"

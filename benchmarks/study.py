@@ -135,7 +135,7 @@ STUDIES = {
 # What CREST is in the study, by name.
 RECIPES = {
     "default": CrestConfig(),
-    "small proxy": CrestConfig(proxy_source="model", check="none", pool_size=512, weight_power=1.0),
+    "small proxy": CrestConfig.preset("forward", proxy_source="model", check="none", pool_size=512, weight_power=1.0),
 }
 
 
@@ -247,6 +247,9 @@ def table(records: list[dict[str, Any]]) -> str:
                 accuracies, seconds = ([r[name] for r in runs] for name in ("accuracy", "seconds"))
                 verdict = verdicts.get((method, budget))
                 times = verdict.equal_time if verdict else None
+                share = statistics.fmean(map(overhead, runs))
+                if verdict and not share:
+                    times = verdict.equal_steps
                 if others := {r["seed"]: r for r in of_task if r.get("as_long_as") == [method, budget]}:
                     times = bootstrap([r["accuracy"] - others[r["seed"]]["accuracy"] for r in runs])
                 if times and times.low is not None and times.high is not None:
@@ -255,7 +258,6 @@ def table(records: list[dict[str, Any]]) -> str:
                 row = [task, f"{budget:g}", method, f"{runs[0]['rate']:g}"]
                 row += [f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}"]
                 row += [points(verdict.equal_steps if verdict else None), points(times)]
-                share = statistics.fmean(map(overhead, runs))
                 lines.append(f"| {' | '.join([*row, f'{statistics.median(seconds):.1f}', f'{100 * share:.1f}'])} |")
     counts = [f"{name}: {won} won, {tied} tied, {lost} lost" for name, (won, tied, lost) in cells.items()]
     return "\n".join([*lines, "", *counts])

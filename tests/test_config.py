@@ -157,10 +157,15 @@ class TestPresets:
         assert config.weight_power == 1
         assert config.exclude
         assert config.stratify
-        assert config.check == "paired"
+        assert (config.check, config.quotas, config.label_noise) == ("paired", "share", None)
+        assert (config.proxy_source, config.max_overhead, config.renew) == ("forward", None, None)
+
+    def test_selection_by_the_model_itself(self) -> None:
+        config = CrestConfig.preset("forward")
+        assert (config.proxy_source, config.check, config.max_overhead) == ("forward", "paired", 0.25)
 
     def test_no_others(self) -> None:
-        assert PRESETS.keys() == PAPER.keys()
+        assert PRESETS.keys() == {*PAPER, "forward"}
 
     def test_overrides(self) -> None:
         config = CrestConfig.preset("cifar10", tolerance=0.5, pool_size=256)

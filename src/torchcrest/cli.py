@@ -374,7 +374,7 @@ def _add_run(parser: ArgumentParser, crest_defaults: dict[str, Any], skip: set[s
     track = "show the figures to some of tensorboard, trackio, wandb; give the task first"
     parser.add_argument("--track", type=str, nargs="*", default=[], help=track)
     parser.add_argument("--energy", action="store_true", help="measure the energy too, with codecarbon")
-    parser.add_argument("--preset", type=str | None, default=None, help=f"the paper's settings: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", type=str | None, default=None, help=f"settings by name: {', '.join(PRESETS)}")
     for name, config in CONFIGS.items():
         parser.add_class_arguments(config, name, skip=SHARED & {field.name for field in fields(config)})
     defaults = {f"crest.{name}": value for name, value in crest_defaults.items() if name != "batch_size"}

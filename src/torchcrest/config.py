@@ -216,10 +216,12 @@ class CrestConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> CrestConfig:
-        """Return the settings of one of the paper's experiments.
+        """Return the settings of one of the paper's experiments, or those of selection by the model itself.
 
         Args:
-            name: ``cifar10``, ``cifar100``, ``tinyimagenet`` or ``snli``.
+            name: ``cifar10``, ``cifar100``, ``tinyimagenet`` or ``snli``; or ``forward``: gradients from the model's
+                own forward passes, for up to a quarter of the training time, and checks. Of use where a coreset is
+                worth that, and no small model can stand in.
             overrides: settings to change, by name.
 
         Raises:
@@ -281,6 +283,14 @@ _PAPER: dict[str, Any] = {
     "renew": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
+    "forward": {
+        "pool_size": 256,
+        "check": "paired",
+        "proxy_source": "forward",
+        "label_noise": None,
+        "quotas": "share",
+        "max_overhead": 0.25,
+    },
     "cifar10": {**_PAPER, "tolerance": 0.05, "interval_scale": 1.0, "pool_size": 500, "batch_size": 128},
     "cifar100": {**_PAPER, "tolerance": 0.01, "interval_scale": 10.0, "pool_size": 500, "batch_size": 128},
     "tinyimagenet": {
