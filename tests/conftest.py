@@ -82,6 +82,7 @@ SMALL = CrestConfig(
     proxy_source="forward",
     label_noise=None,
     quotas="share",
+    max_coreset_cost=None,
     measured_together=48,
 )
 # A bound that pays for some of the coresets only, and random batches between them; two to a pool, and some over.

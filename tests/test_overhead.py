@@ -75,6 +75,27 @@ class TestBudget:
         budget.limit = None
         assert budget.stretched(7, 100) == 7
 
+    def test_coresets_that_are_too_dear_get_a_tenth(self) -> None:
+        budget = Budget(0.25, worth=0.5)
+        budget.train(1.0, 1000)
+        for _ in range(RECENT):
+            assert not budget.dear
+            budget.pay("selecting", 0.6)
+        assert budget.dear
+        assert budget.affordable("selecting", 10**6, 0) == (25 - RECENT * 0.6) // 0.6
+        assert budget.affordable("checking", 7, 0) == 1, "nothing is known of what others cost"
+        for _ in range(RECENT):
+            budget.pay("selecting", 0.4)
+        assert not budget.dear, "they are cheaper now"
+        assert budget.selecting == 0.25
+
+    def test_without_a_bound_nothing_is_too_dear(self) -> None:
+        budget = Budget(None, worth=0.1)
+        for _ in range(RECENT):
+            budget.pay("selecting", 5.0)
+        budget.train(1.0, 10)
+        assert budget.affordable("selecting", 1000, 1) == 1000
+
     def test_state(self) -> None:
         budget, other = known(), Budget(0.25)
         other.load_state_dict(budget.state_dict())
@@ -107,6 +128,19 @@ class TestBudget:
         ideal = min(limit * groups * steps, pool * groups * steps)
         assert budget.spent <= ideal + pool + 1e-6
         assert budget.spent >= ideal - pool * (steps + 1) - limit * steps - 1e-6
+
+
+@pytest.mark.parametrize(("worth", "share"), [(None, 0.25), (1.1, 0.25), (0.9, 0.025)])
+def test_a_run_leaves_dear_coresets_alone(blobs: Blobs, worth: float | None, share: float) -> None:
+    """A pool of 48 costs a step of 16 where a forward pass is a third of one."""
+    model = make_net()
+    changes: dict[str, Any] = {"pool_size": 48, "check": "none", "curvature": "first_order"}
+    config = replace(BOUNDED, **changes, max_overhead=0.25, max_coreset_cost=worth)
+    loader = make_bounded(model, blobs, config=config, steps=600)
+    optimizer = sgd(model)
+    for item in loader:
+        train_step(model, optimizer, item)
+    assert loader.stats.coresets / 600 == pytest.approx(share, abs=0.02)
 
 
 class TestClock:

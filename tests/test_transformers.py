@@ -66,6 +66,7 @@ CONFIG = CrestConfig(
     check="paired",
     label_noise=None,
     quotas="share",
+    max_coreset_cost=None,
 )
 # Random batches between the coresets, and coresets that are used again.
 BOUNDED = replace(CONFIG, max_overhead=0.9, renew=4, interval_scale=6)

@@ -35,7 +35,7 @@ class Account:
     """
 
     def __init__(self, config: CrestConfig, meter: Meter, source: Forward) -> None:
-        self.budget = Budget(config.max_overhead)
+        self.budget = Budget(config.max_overhead, config.max_coreset_cost)
         self.clock = Clock()
         self.counts = counted(config)
         self._config = config
@@ -73,8 +73,9 @@ class Account:
     @property
     def can_teach(self) -> bool:
         """Whether a proxy model may be trained on the next batch: it has half of what may be spent."""
-        limit = self.budget.limit
-        return limit is None or self._teaching <= LEARNING_SHARE * limit * self.budget.trained
+        if self.budget.limit is None:
+            return True
+        return self._teaching <= LEARNING_SHARE * self.budget.selecting * self.budget.trained
 
     def coreset_step(self, stats: Stats) -> float:
         """Return what a step on a coreset has cost so far, in plain steps: selection, checks and curvature are its.

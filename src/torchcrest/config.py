@@ -83,6 +83,9 @@ class CrestConfig:
             would leave the cache, and a pool elsewhere.
         max_overhead: most cost of selection, checks and curvature for each unit of training's own; None: no
             bound. Coresets that it cannot pay for are left out: see ``renew``.
+        max_coreset_cost: most that a coreset may cost, in training steps; None: whatever it costs. While they cost
+            more, a tenth of the bound is spent, to notice when they no longer do, and the other batches are random.
+            Without a bound it has no effect.
         overhead_in: the unit of ``max_overhead``. ``seconds`` are measured as the run goes, so two runs may
             select differently. ``counted`` is the same for every run: examples forwarded and differentiated.
             ``auto`` counts where ``torch.use_deterministic_algorithms(True)`` is set, and takes seconds elsewhere.
@@ -142,6 +145,7 @@ class CrestConfig:
     channels_last: bool = False
     measured_together: int | None = None
     max_overhead: float | None = 0.05
+    max_coreset_cost: float | None = 0.5
     overhead_in: OverheadIn = "auto"
     forward_cost: float = 1 / 3
     derivative_cost: float | None = None
@@ -197,6 +201,8 @@ class CrestConfig:
             checks.whole("measured_together", 1, "None lets the device decide.")
         if self.max_overhead is not None:
             checks.above_zero("max_overhead", "0.25 allows a quarter of the training time; None: no bound.")
+        if self.max_coreset_cost is not None:
+            checks.above_zero("max_coreset_cost", "0.5 lets a coreset cost half a training step; None: anything.")
         checks.choice("overhead_in", get_args(OverheadIn))
         checks.above_zero("forward_cost", "1/3 counts a forward pass as a third of a training step.")
         if self.derivative_cost is not None:
@@ -279,18 +285,11 @@ _PAPER: dict[str, Any] = {
     "weight_power": 1.0,
     "label_noise": None,
     "quotas": "share",
+    "max_coreset_cost": None,
     "max_overhead": None,
     "renew": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "forward": {
-        "pool_size": 256,
-        "check": "paired",
-        "proxy_source": "forward",
-        "label_noise": None,
-        "quotas": "share",
-        "max_overhead": 0.25,
-    },
     "cifar10": {**_PAPER, "tolerance": 0.05, "interval_scale": 1.0, "pool_size": 500, "batch_size": 128},
     "cifar100": {**_PAPER, "tolerance": 0.01, "interval_scale": 10.0, "pool_size": 500, "batch_size": 128},
     "tinyimagenet": {
@@ -308,5 +307,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pool_size": 2850,
         "batch_size": 32,
         "curvature_layers": 1,
+    },
+    "forward": {
+        "pool_size": 256,
+        "check": "paired",
+        "proxy_source": "forward",
+        "label_noise": None,
+        "quotas": "share",
+        "max_overhead": 0.25,
+        "max_coreset_cost": None,
     },
 }

@@ -13,6 +13,7 @@ __all__ = ["Budget", "Clock", "Purpose"]
 
 Purpose = Literal["selecting", "checking", "curvature"]
 RECENT = 5  # costs of which the median is taken: the first are those of a cold machine, and some of a busy one
+PROBING = 0.1  # of what may be spent, where coresets are too dear: to notice when they no longer are
 FIXED_SHARE = 0.2  # of what may be spent, for checks and curvature; coresets do more for accuracy
 
 
@@ -24,12 +25,14 @@ class Budget:
 
     Attributes:
         limit: largest cost of selection for each unit of training; None: no bound.
+        worth: most that a coreset may cost, in training steps; None: whatever it costs.
         spent: cost of selection so far.
         trained: cost of the training steps so far.
     """
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None, worth: float | None = None) -> None:
         self.limit = limit
+        self.worth = worth
         self.spent = 0.0
         self.trained = 0.0
         self._costs: dict[str, deque[float]] = {}
@@ -66,8 +69,20 @@ class Budget:
         each = self._cost(purpose)
         if not self.trained or not each:
             return min(1, wanted)
-        left = self.limit * (self.trained + self._cost("training") * steps) - self.spent
+        limit = self.selecting if purpose == "selecting" else self.limit
+        left = limit * (self.trained + self._cost("training") * steps) - self.spent
         return min(wanted, max(0, math.floor(left / each + 1e-9)))
+
+    @property
+    def dear(self) -> bool:
+        """Whether coresets are known to cost more than they are worth."""
+        known = self._costs.get("selecting", ())
+        return self.worth is not None and len(known) == RECENT and median(known) > self.worth * self._cost("training")
+
+    @property
+    def selecting(self) -> float:
+        """The largest cost of selection at present, where there is a bound: hardly any while coresets are too dear."""
+        return math.inf if self.limit is None else PROBING * self.limit if self.dear else self.limit
 
     def stretched(self, interval: int, longest: int) -> int:
         """Return an interval so long that checks and curvature take their share of the budget at most.
