@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from conftest import SMALL, Blobs, forkserver, same
+from torchcrest.config import CrestConfig
 from torchcrest.errors import CheckpointError, ConfigError, TorchcrestError
 from torchcrest.train import compare as comparing
 from torchcrest.train.collect import collect
@@ -174,7 +175,7 @@ def test_other_settings_are_refused_before_any_run(tmp_path: Path, settings: Run
 
 def test_what_cannot_work_is_refused_before_any_run(tmp_path: Path, settings: RunSettings, begun: list[str]) -> None:
     """`random` could train; `crest`, whose pools are too large, comes last."""
-    large = RunSettings(task=settings.task, batch_size=16, epochs=2)
+    large = RunSettings(task=settings.task, batch_size=16, epochs=2, crest=CrestConfig(pool_size=256))
     with pytest.raises(ConfigError, match="pool_size must be at most the 160"):
         compare(plan(large, ["full", "random", "crest"], [0.5], [0]), tmp_path / "out")
     assert begun == []
