@@ -17,6 +17,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", 
 LEVELS = [
     {"errors", "checks", "types", "tree", "config"},
     {"objectives", "tokens", "solvers", "quadratic", "active", "distributed", "overhead", "difficulty"},
+    {"student", "noise"},
     {"measure", "feed", "streaming", "proxies", "account", "diagnostics"},
     {"passes", "region", "crest", "baselines"},
     {"train", "integrations"},
@@ -85,12 +86,12 @@ def test_arrows_point_down(module: str) -> None:
         assert inside or allowed or level(other) < level(module), f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__" and level(m) < 4])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__" and level(m) < 5])
 def test_the_package_itself_is_not_imported_from_below(module: str) -> None:
     assert "torchcrest" not in imports(module)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__" and level(m) < 4])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__" and level(m) < 5])
 def test_the_library_needs_torch_and_numpy_only(module: str) -> None:
     outside = {part(name) for name in imports(module)} - {"torchcrest"}
     assert outside - set(sys.stdlib_module_names) <= BOTTOM
