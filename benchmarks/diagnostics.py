@@ -15,7 +15,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,13 +153,12 @@ def measure(args: argparse.Namespace) -> None:
             file.flush()
 
         pairs = []
-        cost(
-            task, args.model, CrestConfig.preset("forward", batch_size=M), 10, 0, args.rate
-        )  # the first run pays for a cold machine
+        plain = CrestConfig.preset("forward", batch_size=M)
+        cost(task, args.model, plain, 10, 0, args.rate)  # the first run pays for a cold machine
         for pair in range(args.pairs):
             both = {}
             for on in (False, True) if pair % 2 else (True, False):
-                config = CrestConfig.preset("forward", batch_size=M, diagnostics=on, overhead_in="counted")
+                config = replace(plain, diagnostics=on, overhead_in="counted")
                 both[on], own = cost(task, args.model, config, args.pair_steps, pair, args.rate)
                 share = own / both[on] if on else 0.0
                 write(pair=pair, diagnostics=on, steps=args.pair_steps, cpu_seconds=both[on], share=share)
@@ -175,7 +174,7 @@ def measure(args: argparse.Namespace) -> None:
         crest = Crest(
             model,
             task.train,
-            CrestConfig.preset("forward", batch_size=M),
+            plain,
             steps=args.steps,
             seed=0,
             collate_fn=task.train.collate,

@@ -249,11 +249,8 @@ def _sizes_within(
     alone = torch.cat(left)
     for part in alone.split(max(1, CHUNK // (size * gradients.shape[1]))):
         heads = every[part // r]
-        f = None if features is None else features
-        of_part = None if f is None else f[part].unsqueeze(1)
-        d = distances(
-            gradients[part].unsqueeze(1), gradients[heads], of_part, None if f is None else f[heads], bias=bias
-        )
+        pair = (None, None) if features is None else (features[part].unsqueeze(1), features[heads])
+        d = distances(gradients[part].unsqueeze(1), gradients[heads], *pair, bias=bias)
         nearest = heads.gather(1, d[:, 0].argmin(1, keepdim=True))[:, 0]
         sizes.scatter_add_(0, nearest, torch.ones_like(nearest))
     return sizes[every]
