@@ -8,6 +8,8 @@ moves the ratio and not the share.
     python benchmarks/overhead.py npz:glyphs62.npz --model resnet20 --steps 60 --pairs 3 \
         --out benchmarks/overhead-resnet20.jsonl
     python benchmarks/overhead.py npz:glyphs62.npz --model cnn --steps 120 --pairs 3 --out benchmarks/overhead-cnn.jsonl
+    python benchmarks/overhead.py npz:glyphs62.npz --model resnet20 --steps 300 --pairs 3 --device cuda \
+        --variants default "default, no bound" forward --out benchmarks/overhead-cuda.jsonl
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from torchcrest.train.tasks import load
 QUICK: dict[str, Any] = {"measure_dtype": "bfloat16", "channels_last": True}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "random": None,
+    "default": {},
+    "default, no bound": {"max_overhead": None},
+    "forward": {},
     "r=256": {"pool_size": 256},
     "r=512": {"pool_size": 512},
     "r=256, no bound": {"pool_size": 256, "max_overhead": None},
@@ -37,6 +42,11 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "r=512, bfloat16, channels last": {"pool_size": 512, **QUICK},
     "r=256, bfloat16, channels last, no bound": {"pool_size": 256, "max_overhead": None, **QUICK},
 }
+
+
+def forward(own: dict[str, Any] | None) -> CrestConfig:
+    """Return the settings of selection by the model itself, those of a variant changed."""
+    return CrestConfig.preset("forward", **(own or {}))
 
 
 def main() -> None:
@@ -72,7 +82,7 @@ def main() -> None:
                     seed=pair,
                     evaluations=1,
                     device=args.device,
-                    crest=CrestConfig.preset("forward", **(own or {})),
+                    crest=CrestConfig(**own) if own is not None and "default" in name else forward(own),
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     summary = train(settings, Path(folder))

@@ -135,6 +135,8 @@ STUDIES = {
 # What CREST is in the study, by name.
 RECIPES = {
     "default": CrestConfig(),
+    "a tenth": CrestConfig(max_overhead=0.1),
+    "no exclusion": CrestConfig(exclude=False),
     "small proxy": CrestConfig.preset("forward", proxy_source="model", check="none", pool_size=512, weight_power=1.0),
 }
 
@@ -239,7 +241,7 @@ def table(records: list[dict[str, Any]]) -> str:
         of_task = [r for r in records if (r["recipe"], r["task"]) == (recipe, task)]
         some = [r for r in of_task if "as_long_as" not in r]
         verdicts = {(v.method, v.budget): v for v in judge(some)}
-        for budget in sorted({budget for _, budget in verdicts}):
+        for budget in sorted({r["budget"] for r in some}):
             for method in dict.fromkeys(r["method"] for r in some):
                 runs = [r for r in some if (r["method"], r["budget"]) == (method, budget)]
                 if not runs:
@@ -251,7 +253,9 @@ def table(records: list[dict[str, Any]]) -> str:
                 if verdict and not share:
                     times = verdict.equal_steps
                 if others := {r["seed"]: r for r in of_task if r.get("as_long_as") == [method, budget]}:
-                    times = bootstrap([r["accuracy"] - others[r["seed"]]["accuracy"] for r in runs])
+                    times = bootstrap(
+                        [r["accuracy"] - others[r["seed"]]["accuracy"] for r in runs if r["seed"] in others]
+                    )
                 if times and times.low is not None and times.high is not None:
                     place = 0 if times.low > 0 else 2 if times.high < 0 else 1
                     cells.setdefault(f"{recipe}: {method}", [0, 0, 0])[place] += 1
