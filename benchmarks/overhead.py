@@ -28,25 +28,27 @@ from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import load
 
 QUICK: dict[str, Any] = {"measure_dtype": "bfloat16", "channels_last": True}
-VARIANTS: dict[str, dict[str, Any] | None] = {
+
+
+def forward(**own: Any) -> CrestConfig:
+    """Return selection by the model itself, with some settings changed."""
+    return CrestConfig.preset("forward", **own)
+
+
+VARIANTS: dict[str, CrestConfig | None] = {
     "random": None,
-    "default": {},
-    "default, no bound": {"max_overhead": None},
-    "forward": {},
-    "r=256": {"pool_size": 256},
-    "r=512": {"pool_size": 512},
-    "r=256, no bound": {"pool_size": 256, "max_overhead": None},
-    "r=512, no bound": {"pool_size": 512, "max_overhead": None},
-    "r=256, counted": {"pool_size": 256, "overhead_in": "counted"},
-    "r=256, bfloat16, channels last": {"pool_size": 256, **QUICK},
-    "r=512, bfloat16, channels last": {"pool_size": 512, **QUICK},
-    "r=256, bfloat16, channels last, no bound": {"pool_size": 256, "max_overhead": None, **QUICK},
+    "default": CrestConfig(),
+    "default, no bound": CrestConfig(max_overhead=None),
+    "forward": forward(),
+    "r=256": forward(pool_size=256),
+    "r=512": forward(pool_size=512),
+    "r=256, no bound": forward(pool_size=256, max_overhead=None),
+    "r=512, no bound": forward(pool_size=512, max_overhead=None),
+    "r=256, counted": forward(pool_size=256, overhead_in="counted"),
+    "r=256, bfloat16, channels last": forward(pool_size=256, **QUICK),
+    "r=512, bfloat16, channels last": forward(pool_size=512, **QUICK),
+    "r=256, bfloat16, channels last, no bound": forward(pool_size=256, max_overhead=None, **QUICK),
 }
-
-
-def forward(own: dict[str, Any] | None) -> CrestConfig:
-    """Return the settings of selection by the model itself, those of a variant changed."""
-    return CrestConfig.preset("forward", **(own or {}))
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def main() -> None:
                     seed=pair,
                     evaluations=1,
                     device=args.device,
-                    crest=CrestConfig(**own) if own is not None and "default" in name else forward(own),
+                    crest=own or CrestConfig(),
                 )
                 with tempfile.TemporaryDirectory() as folder:
                     summary = train(settings, Path(folder))
