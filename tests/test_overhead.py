@@ -96,6 +96,17 @@ class TestBudget:
         budget.train(1.0, 10)
         assert budget.affordable("selecting", 1000, 1) == 1000
 
+    def test_coresets_are_saved_up_for_and_the_first_groups_are_small(self) -> None:
+        budget = Budget(0.25)
+        for least in (1, 1, 2, 4, 8, 10, 10):
+            assert budget.together(least - 1, wanted=10) == 0
+            assert budget.together(least, wanted=10) == least
+            assert budget.together(10, wanted=10) == 10
+            assert budget.together(1, wanted=1) == 1, "all that are wanted"
+            budget.pay("selecting", 0.5)
+        assert budget.together(16, wanted=100) == 16, "many cost as little each as all"
+        assert budget.together(0, wanted=0) == 0
+
     def test_state(self) -> None:
         budget, other = known(), Budget(0.25)
         other.load_state_dict(budget.state_dict())
@@ -122,7 +133,7 @@ class TestBudget:
     ) -> None:
         budget = Budget(limit)
         for _ in range(groups):
-            count = budget.affordable("selecting", steps, steps)
+            count = budget.together(budget.affordable("selecting", steps, steps), steps)
             budget.pay("selecting", pool * count, count)
             budget.train(1.0, steps)
         ideal = min(limit * groups * steps, pool * groups * steps)
@@ -190,6 +201,22 @@ class TestBoundInCrest:
         fixed = crest.config.forward_cost * crest.stats.forwarded_checking + 3 * crest._meter.differentiated
         check, picked = crest.config.forward_cost * 40, 3 * 16
         assert fixed <= FIXED_SHARE * 0.25 * crest.stats.examples_trained + 2 * check + picked
+
+    @pytest.mark.parametrize("renew", [4, 7])
+    def test_a_bound_pays_for_whole_groups(self, renew: int) -> None:
+        crest = make_bounded(
+            make_net(), Blobs(), config=replace(BOUNDED, max_overhead=0.3, renew=renew, check="none"), steps=400
+        )
+        picked, groups = [], []
+        for _ in crest:
+            region = crest._region
+            assert region is not None
+            picked.append(region.pick(crest._step - 1, 0).picked)
+            if crest._step - 1 == region.picked_at:
+                groups.append((crest._step, sum(coreset.picked for coreset in region.coresets), len(region.coresets)))
+        assert sum(picked) == crest.stats.coresets
+        late = [(count, steps) for step, count, steps in groups if step > 100]
+        assert {count for count, steps in late if steps == renew} == {0, renew}
 
     def test_more_is_selected_with_a_larger_bound(self) -> None:
         shares = [run(max_overhead=limit).stats.coresets for limit in (0.2, 0.8, 3.0)]

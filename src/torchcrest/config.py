@@ -82,7 +82,8 @@ class CrestConfig:
         measured_together: examples in a forward pass of measuring; None: ``batch_size`` on a CPU, where more
             would leave the cache, and a pool elsewhere.
         max_overhead: most cost of selection, checks and curvature for each unit of training's own; None: no
-            bound. Coresets that it cannot pay for are left out: see ``renew``.
+            bound. Coresets that it cannot pay for are left out: see ``renew``. They are saved up for, and those of
+            ``renew`` steps, or 16 of them, are picked together: each then costs less than one alone.
         max_coreset_cost: most that a coreset may cost, in training steps; None: whatever it costs. While they cost
             more, a tenth of the bound is spent, to notice when they no longer do, and the other batches are random.
             Without a bound it has no effect.
@@ -144,8 +145,8 @@ class CrestConfig:
     measure_dtype: MeasureDtype = "model"
     channels_last: bool = False
     measured_together: int | None = None
-    max_overhead: float | None = 0.05
-    max_coreset_cost: float | None = 0.5
+    max_overhead: float | None = 0.1
+    max_coreset_cost: float | None = 0.25
     overhead_in: OverheadIn = "auto"
     forward_cost: float = 1 / 3
     derivative_cost: float | None = None

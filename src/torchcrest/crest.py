@@ -302,7 +302,8 @@ class Crest(Passes):
         count, *share = self._ranks.average(float(affordable), *self._noise.numbers())
         self._noise.take(share)
         parts = self._noise.parts
-        left = math.ceil(max(int(count), int(fresh is not None or not renewed)) / parts)
+        many = self._account.budget.together(int(count), wanted) if renewed else int(count)
+        left = math.ceil(max(many, int(fresh is not None or not renewed)) / parts)
         coresets: list[Coreset] = []
         with self._charged("selecting", (left - bool(fresh)) * parts):
             while left:

@@ -73,6 +73,18 @@ class Budget:
         left = limit * (self.trained + self._cost("training") * steps) - self.spent
         return min(wanted, max(0, math.floor(left / each + 1e-9)))
 
+    def together(self, count: int, wanted: int) -> int:
+        """Return how many coresets to pick now, if so many of the wanted can be paid for: none until all of them can.
+
+        Coresets that are picked together cost less each than one alone, several times less on a GPU, so what is
+        there is saved up. The first groups are smaller, as what one of many costs is not known before: 1, 1, 2, 4, ...
+
+        >>> Budget(0.25).together(1, 10)
+        1
+        """
+        known = len(self._costs.get("selecting", ()))
+        return count if count >= min(wanted, 2 ** max(0, known - 1)) else 0
+
     @property
     def dear(self) -> bool:
         """Whether coresets are known to cost more than they are worth."""
