@@ -223,11 +223,34 @@ def longer(summaries: list[dict[str, Any]], runs: list[RunSettings], folder: Pat
     return found
 
 
+def longer_for(accuracy: float, time: float, random: dict[float, float]) -> str:
+    """Say how many times as long random data takes to an accuracy.
+
+    Args:
+        accuracy: of a method.
+        time: that it took, as a share of a full run's steps.
+        random: accuracy of random data by that share. Between two of them it grows with the log of time.
+
+    >>> longer_for(0.7, 0.1, {0.1: 0.6, 0.4: 0.8})
+    '2.0'
+    >>> longer_for(0.9, 0.1, {0.1: 0.6, 0.4: 0.8})
+    '> 4.0'
+    """
+    budgets = sorted(random)
+    best = np.maximum.accumulate([random[budget] for budget in budgets])
+    if accuracy < best[0]:
+        return f"< {budgets[0] / time:.1f}"
+    if accuracy > best[-1]:
+        return f"> {budgets[-1] / time:.1f}"
+    return f"{np.exp(np.interp(accuracy, best, np.log(budgets))) / time:.1f}"
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Return a Markdown table of the records of `--out`, and how many cells each method won, tied and lost."""
     lines = [
-        "| task | budget | method | rate | accuracy % | equal steps | equal time | seconds | selecting % |",
-        "|---|" + "---:|" * 8,
+        "| task | budget | method | rate | accuracy % | equal steps | equal time | random needs × the time |"
+        " selecting % | on coresets % |",
+        "|---|" + "---:|" * 9,
     ]
     cells: dict[str, list[int]] = {}
 
@@ -240,13 +263,18 @@ def table(records: list[dict[str, Any]]) -> str:
     for recipe, task in keys:
         of_task = [r for r in records if (r["recipe"], r["task"]) == (recipe, task)]
         some = [r for r in of_task if "as_long_as" not in r]
+        random: dict[float, list[float]] = {}
+        for r in records:
+            if (r["task"], r["method"]) == (task, "random"):
+                random.setdefault(r["steps"] / r["full_steps"], []).append(r["accuracy"])
+        curve = {share: statistics.fmean(accuracies) for share, accuracies in random.items()}
         verdicts = {(v.method, v.budget): v for v in judge(some)}
         for budget in sorted({r["budget"] for r in some}):
             for method in dict.fromkeys(r["method"] for r in some):
                 runs = [r for r in some if (r["method"], r["budget"]) == (method, budget)]
                 if not runs:
                     continue
-                accuracies, seconds = ([r[name] for r in runs] for name in ("accuracy", "seconds"))
+                accuracies = [r["accuracy"] for r in runs]
                 verdict = verdicts.get((method, budget))
                 times = verdict.equal_time if verdict else None
                 share = statistics.fmean(map(overhead, runs))
@@ -262,7 +290,10 @@ def table(records: list[dict[str, Any]]) -> str:
                 row = [task, f"{budget:g}", method, f"{runs[0]['rate']:g}"]
                 row += [f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}"]
                 row += [points(verdict.equal_steps if verdict else None), points(times)]
-                lines.append(f"| {' | '.join([*row, f'{statistics.median(seconds):.1f}', f'{100 * share:.1f}'])} |")
+                time = budget * (1 + share)
+                row += [longer_for(statistics.fmean(accuracies), time, curve) if curve and method != "random" else ""]
+                on = statistics.fmean(r.get("coresets", 0) / r["steps"] for r in runs)
+                lines.append(f"| {' | '.join([*row, f'{100 * share:.1f}', f'{100 * on:.0f}' if on else ''])} |")
     counts = [f"{name}: {won} won, {tied} tied, {lost} lost" for name, (won, tied, lost) in cells.items()]
     return "\n".join([*lines, "", *counts])
 
