@@ -78,16 +78,26 @@ class TestBudget:
     def test_coresets_that_are_too_dear_get_a_tenth(self) -> None:
         budget = Budget(0.25, worth=0.5)
         budget.train(1.0, 1000)
-        for _ in range(RECENT):
+        for cost in (6.0, 0.4, 0.6, 0.6, 0.6):  # the first is a cold machine's
             assert not budget.dear
-            budget.pay("selecting", 0.6)
+            budget.pay("selecting", cost)
         assert budget.dear
-        assert budget.affordable("selecting", 10**6, 0) == (25 - RECENT * 0.6) // 0.6
+        assert budget.affordable("selecting", 10**6, 0) == (25 - 8.2) // 0.6
         assert budget.affordable("checking", 7, 0) == 1, "nothing is known of what others cost"
         for _ in range(RECENT):
             budget.pay("selecting", 0.4)
         assert not budget.dear, "they are cheaper now"
         assert budget.selecting == 0.25
+
+    def test_two_groups_tell_that_coresets_are_dear(self) -> None:
+        budget = Budget(0.25, worth=0.5)
+        budget.train(1.0, 1000)
+        budget.pay("selecting", 0.7)
+        assert not budget.dear
+        budget.pay("selecting", 0.6)
+        assert budget.dear
+        budget.pay("selecting", 0.4)
+        assert not budget.dear, "a larger group was cheaper"
 
     def test_without_a_bound_nothing_is_too_dear(self) -> None:
         budget = Budget(None, worth=0.1)

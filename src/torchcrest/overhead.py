@@ -87,9 +87,13 @@ class Budget:
 
     @property
     def dear(self) -> bool:
-        """Whether coresets are known to cost more than they are worth."""
+        """Whether coresets are known to cost more than they are worth: from two groups on, if the cheaper one did."""
         known = self._costs.get("selecting", ())
-        return self.worth is not None and len(known) == RECENT and median(known) > self.worth * self._cost("training")
+        if self.worth is None or len(known) < 2:
+            return False
+        # The first groups are small, and one may be a cold machine's; that a group of many costs less is found out too.
+        cost = median(known) if len(known) == RECENT else min(known)
+        return cost > self.worth * self._cost("training")
 
     @property
     def selecting(self) -> float:
