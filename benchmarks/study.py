@@ -240,7 +240,7 @@ def longer_for(accuracy: float, time: float, random: dict[float, float]) -> str:
     """Say how many times as long random data takes to an accuracy.
 
     Args:
-        accuracy: of a method.
+        accuracy: of a method that is not level with random data.
         time: that it took, as a share of a full run's steps.
         random: accuracy of random data by that share. Between two of them it grows with the log of time.
 
@@ -254,7 +254,7 @@ def longer_for(accuracy: float, time: float, random: dict[float, float]) -> str:
     if accuracy < best[0]:
         return f"< {budgets[0] / time:.1f}"
     if accuracy > best[-1]:
-        return f"> {budgets[-1] / time:.1f}"
+        return f"> {budgets[-1] / time:.1f}"  # longer than any of them
     return f"{np.exp(np.interp(accuracy, best, np.log(budgets))) / time:.1f}"
 
 
@@ -304,7 +304,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 row += [f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}"]
                 row += [points(verdict.equal_steps if verdict else None), points(times)]
                 time = budget * (1 + share)
-                row += [longer_for(statistics.fmean(accuracies), time, curve) if curve and method != "random" else ""]
+                level = times is None or times.low is None or times.high is None or times.low <= 0 <= times.high
+                row += ["" if level else longer_for(statistics.fmean(accuracies), time, curve)]
                 on = statistics.fmean(r.get("coresets", 0) / r["steps"] for r in runs)
                 lines.append(f"| {' | '.join([*row, f'{100 * share:.1f}', f'{100 * on:.0f}' if on else ''])} |")
     counts = [f"{name}: {won} won, {tied} tied, {lost} lost" for name, (won, tied, lost) in cells.items()]
