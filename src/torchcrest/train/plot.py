@@ -30,6 +30,7 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
     except ImportError as error:
         raise ConfigError(
             must("matplotlib", "be installed", str(error), "Run pip install 'torchcrest[plot]'.")
@@ -57,9 +58,13 @@ def plot(runs: Sequence[RunSettings], folder: Path, path: Path) -> Path:
             axis.plot([points[-1][key]], accuracy[-1:], "o", color=colour, ms=5)
     for axis, label in zip(axes, ("examples trained on", "seconds, selection included"), strict=True):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0].set_ylabel("test accuracy, %")
     # Later training is what tells methods apart: leave out what is far below, and the time before it.
     bottom = max(0.0, min(lowest, default=0.0) - 5)
