@@ -35,12 +35,13 @@ from torchcrest import CrestConfig
 from torchcrest.train.compare import compare, plan
 from torchcrest.train.settings import RunSettings
 from torchcrest.train.tasks import Examples, Task, load
-from torchcrest.train.verdict import Difference, bootstrap, judge
+from torchcrest.train.verdict import Difference, bootstrap
 
 Arrays = dict[str, NDArray[Any]]
 
 HELD_OUT = 0.1
 TUNED_AT = 0.1  # budget at which rates are chosen
+SEEDS = 5
 TUNED_WITH = 1000  # seed, no other run has it
 PAIRS = 20_000  # sentence pairs of the small text task
 
@@ -49,6 +50,7 @@ PAIRS = 20_000  # sentence pairs of the small text task
 class Study:
     """A task: where its data come from, what is trained on it and for how long."""
 
+    title: str
     make: Callable[[Path, Path], Arrays | None] | None
     model: str
     full_steps: int
@@ -136,14 +138,14 @@ def pairs(data: Path, folder: Path) -> None:
 
 
 STUDIES = {
-    "glyphs": Study(lambda data, _: glyphs(data), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "noise20": Study(permuted(0.2), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "noise40": Study(permuted(0.4), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "imbalance": Study(imbalanced, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "duplicates": Study(duplicated, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "familiar": Study(familiar, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
-    "mnist1d": Study(None, "conv1d", 9375, None, (0.1, 0.2, 0.4)),
-    "pairs": Study(pairs, "bag", 3125, None, (0.001, 0.003, 0.01), "adamw"),
+    "glyphs": Study("glyphs", lambda data, _: glyphs(data), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "noise20": Study("20 % of the labels permuted", permuted(0.2), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "noise40": Study("40 % of the labels permuted", permuted(0.4), "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "imbalance": Study("class sizes falling to a tenth", imbalanced, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "duplicates": Study("four near-duplicates of each", duplicated, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "familiar": Study("glyphs, tested on the fonts trained on", familiar, "cnn", 4690, "mlp", (0.3, 0.6, 1.2)),
+    "mnist1d": Study("MNIST-1D, `conv1d`", None, "conv1d", 9375, None, (0.1, 0.2, 0.4)),
+    "pairs": Study("sentence pairs, `bag`", pairs, "bag", 3125, None, (0.001, 0.003, 0.01), "adamw"),
 }
 
 # What CREST is in the study, by name.
@@ -224,15 +226,18 @@ def overhead(summary: dict[str, Any]) -> float:
 
 
 def longer(summaries: list[dict[str, Any]], runs: list[RunSettings], folder: Path) -> list[dict[str, Any]]:
-    """Run random data for as long as each other method took at each budget."""
+    """Run the methods that take no time of their own for as long as each other one took at each budget."""
+    shares: dict[tuple[str, float], list[float]] = {}
+    for summary in summaries:
+        shares.setdefault((summary["method"], summary["budget"]), []).append(overhead(summary))
+    free = {method for method, _ in shares} - {method for (method, _), each in shares.items() if any(each)}
+    steps = summaries[0]["full_steps"]
     found = []
-    for method, budget in dict.fromkeys((s["method"], s["budget"]) for s in summaries):
-        share = statistics.fmean(overhead(s) for s in summaries if (s["method"], s["budget"]) == (method, budget))
-        if method == "random" or not share:
+    for (method, budget), each in shares.items():
+        if method in free:
             continue
-        steps = summaries[0]["full_steps"]
-        own = round(budget * steps * (1 + share)) / steps
-        again = [replace(r, budget=own) for r in runs if (r.method, r.budget) == ("random", budget)]
+        own = round(budget * steps * (1 + statistics.fmean(each))) / steps
+        again = [replace(run, budget=own) for run in runs if run.method in free and run.budget == budget]
         found += [{**s, "as_long_as": [method, budget]} for s in compare(again, folder, equal_time=False)]
     return found
 
@@ -249,68 +254,148 @@ def longer_for(accuracy: float, time: float, random: dict[float, float]) -> str:
     '2.0'
     >>> longer_for(0.9, 0.1, {0.1: 0.6, 0.4: 0.8})
     '> 4.0'
+
+    Where none ran longer it is empty:
+
+    >>> longer_for(0.9, 0.4, {0.1: 0.6, 0.4: 0.8})
+    ''
     """
     budgets = sorted(random)
     best = np.maximum.accumulate([random[budget] for budget in budgets])
     if accuracy < best[0]:
         return f"< {budgets[0] / time:.1f}"
     if accuracy > best[-1]:
-        return f"> {budgets[-1] / time:.1f}"  # longer than any of them
+        longest = round(budgets[-1] / time, 1)
+        return f"> {longest}" if longest > 1 else ""
     return f"{np.exp(np.interp(accuracy, best, np.log(budgets))) / time:.1f}"
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of the records of `--out`, and how many cells each method won, tied and lost."""
-    lines = [
-        "| task | budget | method | rate | accuracy % | equal steps | equal time | random needs × the time |"
-        " selecting % | on coresets % |",
-        "|---|" + "---:|" * 9,
-    ]
-    cells: dict[str, list[int]] = {}
+@dataclass(frozen=True)
+class Cell:
+    """What a method reached on a task at a budget, and what others did that ran as long.
 
-    def points(difference: Difference | None) -> str:
-        if difference is None or difference.low is None or difference.high is None:
-            return ""
-        return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    Attributes:
+        task: its name in the study.
+        budget: share of the full run's steps.
+        accuracies: from 0 to 1, by seed.
+        others: the same of each other method.
+        overhead: seconds of selection for each of the rest.
+        on: share of the steps that are on coresets.
+        needs: how many times as long random data takes to the accuracy; empty where the two are level.
+    """
 
-    keys = dict.fromkeys((record["recipe"], record["task"]) for record in records)
-    for recipe, task in keys:
-        of_task = [r for r in records if (r["recipe"], r["task"]) == (recipe, task)]
-        some = [r for r in of_task if "as_long_as" not in r]
-        random: dict[float, list[float]] = {}
+    task: str
+    budget: float
+    accuracies: dict[int, float]
+    others: dict[str, dict[int, float]]
+    overhead: float
+    on: float
+    needs: str
+
+    def against(self, other: str) -> Difference | None:
+        """Return the difference to another method, seed by seed; None where it was not run."""
+        theirs = self.others.get(other, {})
+        shared = [accuracy - theirs[seed] for seed, accuracy in self.accuracies.items() if seed in theirs]
+        return bootstrap(shared) if shared else None
+
+
+def cells_of(records: list[dict[str, Any]], recipe: str, method: str) -> list[Cell]:
+    """Return the cells of a recipe of a method in the records of `--out`."""
+    cells = []
+    for task in [name for name in STUDIES if any(name == record["task"] for record in records)]:
+        curve: dict[float, list[float]] = {}
         for r in records:
             if (r["task"], r["method"]) == (task, "random"):
-                random.setdefault(r["steps"] / r["full_steps"], []).append(r["accuracy"])
-        curve = {share: statistics.fmean(accuracies) for share, accuracies in random.items()}
-        verdicts = {(v.method, v.budget): v for v in judge(some)}
-        for budget in sorted({r["budget"] for r in some}):
-            for method in dict.fromkeys(r["method"] for r in some):
-                runs = [r for r in some if (r["method"], r["budget"]) == (method, budget)]
-                if not runs:
-                    continue
-                accuracies = [r["accuracy"] for r in runs]
-                verdict = verdicts.get((method, budget))
-                times = verdict.equal_time if verdict else None
-                share = statistics.fmean(map(overhead, runs))
-                if verdict and not share:
-                    times = verdict.equal_steps
-                if others := {r["seed"]: r for r in of_task if r.get("as_long_as") == [method, budget]}:
-                    times = bootstrap(
-                        [r["accuracy"] - others[r["seed"]]["accuracy"] for r in runs if r["seed"] in others]
-                    )
-                place = 1
-                if times and times.low is not None and times.high is not None:
-                    place = 0 if times.low > 0 else 2 if times.high < 0 else 1
-                    cells.setdefault(f"{recipe}: {method}", [0, 0, 0])[place] += 1
-                row = [task, f"{budget:g}", method, f"{runs[0]['rate']:g}"]
-                row += [f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}"]
-                row += [points(verdict.equal_steps if verdict else None), points(times)]
-                time = budget * (1 + share)
-                row += ["" if place == 1 else longer_for(statistics.fmean(accuracies), time, curve)]
-                on = statistics.fmean(r.get("coresets", 0) / r["steps"] for r in runs)
-                lines.append(f"| {' | '.join([*row, f'{100 * share:.1f}', f'{100 * on:.0f}' if on else ''])} |")
-    counts = [f"{name}: {won} won, {tied} tied, {lost} lost" for name, (won, tied, lost) in cells.items()]
-    return "\n".join([*lines, "", *counts])
+                curve.setdefault(r["steps"] / r["full_steps"], []).append(r["accuracy"])
+        random = {share: statistics.fmean(each) for share, each in curve.items()}
+        of_task = [r for r in records if (r["task"], r["recipe"]) == (task, recipe)]
+        own = [r for r in of_task if r["method"] == method and "as_long_as" not in r]
+        for budget in sorted({r["budget"] for r in own}):
+            runs = [r for r in own if r["budget"] == budget]
+            others: dict[str, dict[int, float]] = {}
+            for r in of_task:
+                if r.get("as_long_as") == [method, budget]:
+                    others.setdefault(r["method"], {})[r["seed"]] = r["accuracy"]
+            share = statistics.fmean(map(overhead, runs))
+            accuracies = {r["seed"]: r["accuracy"] for r in runs}
+            on = statistics.fmean(r["coresets"] / r["steps"] for r in runs)
+            cell = Cell(task, budget, accuracies, others, share, on, "")
+            if place(cell.against("random")) in {"won", "lost"}:
+                needs = longer_for(statistics.fmean(accuracies.values()), budget * (1 + share), random)
+                cell = replace(cell, needs=needs)
+            cells.append(cell)
+    return cells
+
+
+def place(difference: Difference | None) -> str:
+    """Say whether a cell is won, tied or lost; empty where nothing tells."""
+    if difference is None or difference.low is None or difference.high is None:
+        return ""
+    return "won" if difference.low > 0 else "lost" if difference.high < 0 else "tied"
+
+
+def points(difference: Difference | None) -> str:
+    """Write a difference in points, in bold where it is none of chance.
+
+    >>> points(Difference(0.0123, 0.004, 0.02, 5)), points(Difference(-0.0004, -0.002, 0.001, 3))
+    ('**+1.2 (+0.4 to +2.0)**', '0.0 (−0.2 to +0.1), n = 3')
+    """
+    if difference is None or difference.low is None or difference.high is None:
+        return ""
+    mean, low, high = (
+        text if float(text) else "0.0"
+        for text in (f"{100 * value:+.1f}" for value in (difference.mean, difference.low, difference.high))
+    )
+    bold = "" if place(difference) == "tied" else "**"
+    few = "" if difference.n >= SEEDS else f", n = {difference.n}"
+    return f"{bold}{mean} ({low} to {high}){bold}{few}".replace("-", "−")
+
+
+def spread(accuracies: dict[int, float] | None) -> str:
+    """Write mean and standard deviation in percent."""
+    if not accuracies:
+        return ""
+    mean = f"{100 * statistics.fmean(accuracies.values()):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(accuracies.values()):.2f}" if len(accuracies) > 1 else mean
+
+
+def differences(cells: list[Cell]) -> list[str]:
+    """Return a table of the differences to random data, by task and budget."""
+    budgets = sorted({cell.budget for cell in cells})
+    lines = [f"| data | {' | '.join(f'{100 * budget:g} %' for budget in budgets)} |", "|---" * len(budgets) + "|---|"]
+    for task in dict.fromkeys(cell.task for cell in cells):
+        found = {cell.budget: points(cell.against("random")) for cell in cells if cell.task == task}
+        lines.append(f"| {STUDIES[task].title} | {' | '.join(found.get(budget, '') for budget in budgets)} |")
+    return lines
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return Markdown tables of the records of `--out`, and how many cells each method won, tied and lost.
+
+    Of each method that takes time of its own: all there is, and the differences to random data by budget.
+    """
+    lines = []
+    timed = {r["method"] for r in records if overhead(r)}
+    for recipe, method in dict.fromkeys((r["recipe"], r["method"]) for r in records if r["method"] in timed):
+        cells = cells_of(records, recipe, method)
+        others = list(dict.fromkeys(name for cell in cells for name in cell.others))
+        heads = ["data", "budget", method, *others, *(f"against {other}" for other in others)]
+        heads += ["random needs", "selecting", "on coresets"]
+        lines += ["", ", ".join([f"{method}, {recipe}: accuracy in %", *(f"{other} as long" for other in others)]), ""]
+        lines += [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+        for cell in cells:
+            row = [STUDIES[cell.task].title, f"{100 * cell.budget:g} %", spread(cell.accuracies)]
+            row += [spread(cell.others.get(other)) for other in others]
+            row += [points(cell.against(other)) for other in others]
+            row += [cell.needs and f"{cell.needs} ×", f"{100 * cell.overhead:.1f} %", f"{100 * cell.on:.0f} %"]
+            lines.append(f"| {' | '.join(row)} |")
+        if others:
+            lines += ["", *differences(cells)]
+        for other in others:
+            places = [place(cell.against(other)) for cell in cells if cell.task != "familiar"]
+            counts = ", ".join(f"{places.count(which)} {which}" for which in ("won", "tied", "lost"))
+            lines += ["", f"Against {other}: {counts}, without the fonts trained on."]
+    return "\n".join(lines[1:])
 
 
 def main() -> None:
@@ -322,7 +407,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["random", "infobatch", "crest"])
     parser.add_argument("--recipe", default="default", choices=list(RECIPES))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
