@@ -6,6 +6,9 @@ RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
+# Many processes import torch, in the demo and in the tests. Compiled once, that takes each half the time.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: install demo test lint types format docs clean
 
 install: $(INSTALLED)

@@ -631,22 +631,22 @@ def test_ctrl_c_and_the_printed_command_in_a_real_shell(folder: Path, command: C
     bin_ = Path(sys.executable).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
     # To the bit only where the bound on overhead does not go by the clock.
-    long, pipe = [*BLOBS, "--epochs=100", "--evaluations=50", "--crest.overhead_in=counted"], subprocess.PIPE
+    long, pipe = [*BLOBS, "--epochs=40", "--evaluations=20", "--crest.overhead_in=counted"], subprocess.PIPE
     start = [str(bin_ / "torchcrest"), *long, "--out", "my run"]
     with subprocess.Popen(start, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert process.stdout
-        assert "step 10/500" in process.stdout.readline()
+        assert "step 10/200" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, "")
     files = RunFiles(folder / "my run")
-    assert f"Stopped after step {files.read_checkpoint()['step']} of 500" in out
+    assert f"Stopped after step {files.read_checkpoint()['step']} of 200" in out
     assert not files.finished()
     (line,) = re.findall(r"^Go on with: (.*)$", out, re.MULTILINE)
     again = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "step 10/500" not in again.stdout, "it goes on, it doesn't begin anew"
-    assert json.loads(files.summary.read_text())["steps"] == 500
+    assert "step 10/200" not in again.stdout, "it goes on, it doesn't begin anew"
+    assert json.loads(files.summary.read_text())["steps"] == 200
     assert command(*long, "--out=whole").status == 0
     assert same(final("my run"), final("whole"))
 
