@@ -152,6 +152,7 @@ STUDIES = {
 RECIPES = {
     "default": CrestConfig(),
     "a twentieth": CrestConfig(max_overhead=0.05, max_coreset_cost=0.5),
+    "even visits": CrestConfig(max_extra_visits=0.5),
     "no exclusion": CrestConfig(exclude=False),
     "small proxy": CrestConfig.preset("forward", proxy_source="model", check="none", pool_size=512, weight_power=1.0),
 }

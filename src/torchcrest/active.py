@@ -32,19 +32,30 @@ def stream(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> t
 
 
 class ActiveSet:
-    """The examples not yet learned.
+    """The examples not yet learned, and those of them that are drawn.
 
     Over an interval it keeps each example's largest measured loss; those that were measured in it and
-    stayed below a bound all along are set aside at its end.
+    stayed below a bound all along are set aside at its end. Where visits are counted, those that are ahead of the
+    others rest.
+
+    Args:
+        examples: how many there are.
+        counting: count visits, for :meth:`rest`.
 
     Attributes:
-        mask: ``[examples]`` bool, True for those still drawn.
+        mask: ``[examples]`` bool, True for those not set aside.
+        drawn: ``[examples]`` bool, True for those that do not rest either; the mask itself where none are counted.
+        visits: ``[examples]`` batches that each was in, of all ranks, up to the last rest; None: not counted.
+        recent: the same of this rank, since then.
         stopped: exclusion came to its end because pools need the examples that are left.
         largest: ``[examples]`` largest loss measured in the running interval; -inf: none.
     """
 
-    def __init__(self, examples: int) -> None:
+    def __init__(self, examples: int, counting: bool = False) -> None:
         self.mask = torch.ones(examples, dtype=torch.bool)
+        self.drawn = self.mask.clone() if counting else self.mask
+        self.visits = torch.zeros(examples, dtype=torch.int32) if counting else None
+        self.recent = torch.zeros(examples, dtype=torch.int32) if counting else None
         self.count = examples
         self.stopped = False
         self.largest = torch.full((examples,), -torch.inf)
@@ -74,8 +85,36 @@ class ActiveSet:
             self._keep_lowest(learned, room)
         self.mask &= learned.logical_not_()
         self.count -= count
+        self._draw(self.drawn & self.mask, least)
         self.largest.fill_(-torch.inf)
         return count
+
+    def visit(self, indices: Tensor) -> None:
+        """Count a batch with the examples ``[m]`` (distinct ones)."""
+        if self.recent is not None:
+            self.recent[indices] += 1
+
+    def rest(self, extra: float, least: int) -> bool:
+        """Let those rest that were in more batches than the others, until the others have caught up.
+
+        Args:
+            extra: batches by which an example may be ahead of the mean of those not set aside.
+            least: examples that must be drawn. If fewer would be, none rest.
+
+        Returns:
+            Whether others are drawn than before.
+        """
+        assert self.visits is not None
+        assert self.recent is not None
+        self.visits += self.recent
+        self.recent.zero_()
+        before = self.drawn.clone()
+        mean = float(self.visits[self.mask].mean(dtype=torch.float64))
+        self._draw((self.visits <= mean + extra) & self.mask, least)
+        return not self.drawn.equal(before)
+
+    def _draw(self, some: Tensor, least: int) -> None:
+        self.drawn.copy_(some if int(some.count_nonzero()) >= least else self.mask)
 
     def _keep_lowest(self, learned: Tensor, room: int) -> None:
         """Clear all but the lowest losses, in place; no list of examples is made, which takes more than they do."""
@@ -88,8 +127,9 @@ class ActiveSet:
         learned[ties.nonzero()[: room - int(learned.count_nonzero()), 0]] = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mask and the running interval's losses."""
-        return {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
+        """Return the mask, the running interval's losses, and visits where they are counted."""
+        state = {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
+        return state | {name: values.clone() for name, values in self._counts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state, in place."""
@@ -97,6 +137,13 @@ class ActiveSet:
         self.largest.copy_(state["largest"])
         self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
+        for name, values in self._counts().items():
+            values.copy_(state[name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        if self.visits is None or self.recent is None:
+            return {}
+        return {"drawn": self.drawn, "visits": self.visits, "recent": self.recent}
 
 
 class Place(NamedTuple):

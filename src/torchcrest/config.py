@@ -60,6 +60,10 @@ class CrestConfig:
         learned_loss: alpha, an example whose loss stays below it is learned.
         learned_interval: T2, steps (an int), or share of ``len(crest)`` (a float up to 1), over which the
             loss must stay below ``learned_loss``.
+        max_extra_visits: from the second epoch on (as many examples trained on as there are), an example that was
+            in more batches than the mean by more than this rests until the others have caught up: hard ones are
+            not trained on much more often than the rest, and not learned by heart. Looked at four times an epoch. None:
+            no bound, as in the paper. It takes 9 bytes an example.
         weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
             batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks. See ``label_noise``.
         label_noise: share of the labels that are wrong. With none, a pool of 2m gives a coreset, with weights of
@@ -136,6 +140,7 @@ class CrestConfig:
     exclude: bool = True
     learned_loss: float = 0.1
     learned_interval: int | float = 0.2
+    max_extra_visits: float | None = None
     weight_power: float = 0.5
     label_noise: float | Literal["estimated"] | None = "estimated"
     stratify: bool = True
@@ -187,6 +192,8 @@ class CrestConfig:
         checks.flag("exclude")
         checks.at_least_zero("learned_loss", "The paper uses 0.1; exclude=False switches exclusion off.")
         checks.steps_or_share("learned_interval", "Use for example 0.1, a tenth of the run.")
+        if self.max_extra_visits is not None:
+            checks.above_zero("max_extra_visits", "0.5 lets none be much ahead of the others; None: no bound.")
         checks.at_least_zero("weight_power", "1 is the paper's, 0 gives uniform weights.")
         if self.label_noise is not None and self.label_noise != "estimated":
             want, do = "be 'estimated', a share in [0, 1], or None", "'estimated' finds it out in training."

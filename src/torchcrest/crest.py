@@ -34,6 +34,7 @@ from torchcrest.types import Coreset, Pool, WeightedBatch
 
 __all__ = ["Crest"]
 
+RESTS = 4  # times an epoch
 SOLVED_TOGETHER = 16  # pools held at a time; all that stays of them is their coresets
 
 
@@ -162,7 +163,7 @@ class Crest(Passes):
         )
         self._source = source_of(config, self._meter, examples or 0, steps, seed, proxy_model, proxy_optimizer)
         self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
-        self._active = ActiveSet(examples or 0)
+        self._active = ActiveSet(examples or 0, counting=config.max_extra_visits is not None)
         reading = Reading(
             num_workers,
             collate_fn,
@@ -178,7 +179,7 @@ class Crest(Passes):
             share = (0, 1) if stream_sharded else (rank, ranks)
             self._feed = StreamFeed(dataset, config.pool, reading, seed + rank, share, stream_state)
         else:
-            draws = Draws(self._active.mask, seed, rank, ranks)
+            draws = Draws(self._active.drawn, seed, rank, ranks)
             self._feed = Feed(dataset, draws, config.pool, reading, seed + rank)
         self._quadratic = QuadraticModel(config.curvature, config.gradient_decay, config.curvature_decay)
         self._modelled: list[nn.Parameter] = []  # whose gradient and curvature the quadratic model holds
@@ -224,6 +225,7 @@ class Crest(Passes):
                 fresh = self._check()
             if self.config.exclude and self.examples and self._step and self._step % self._learned_steps == 0:
                 self._exclude()
+            self._rest()
             if self._region is None:
                 self._region = self._begin_region(fresh)
             elif self._region.renew_at is not None and self._step >= self._region.renew_at:
@@ -235,6 +237,7 @@ class Crest(Passes):
             # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
             batch = tree.clone(batch)
         self.stats.coresets += coreset.picked
+        self._active.visit(coreset.indices)
         if self._account.can_teach:
             self._teach(batch, coreset.indices)
         self._account.clock.handed()
@@ -485,6 +488,19 @@ class Crest(Passes):
             if self.difficulty:
                 self.difficulty.exclude(self._step, self._active.mask)
         self._log("exclude", excluded=excluded, active=self._active.count, stopped=self._active.stopped)
+
+    def _rest(self) -> None:
+        """Let those rest that are ahead of the others, four times an epoch and from the second one on."""
+        extra, examples = self.config.max_extra_visits, self.examples
+        if extra is None or not examples:
+            return
+        trained = self._step * self.config.batch_size * self._ranks.size
+        every = max(1, examples // (RESTS * self.config.batch_size * self._ranks.size))  # steps
+        if trained >= examples and self._step % every == 0:
+            assert self._active.recent is not None
+            self._ranks.sum(self._active.recent)
+            if self._active.rest(extra, self.config.pool * self._ranks.size):
+                self._feed.redraw()
 
     def _quality_numbers(self) -> list[float]:
         """Return what ranks tell each other of their gradients: four estimates, and what a coreset's step costs."""

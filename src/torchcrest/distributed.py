@@ -83,9 +83,16 @@ class Ranks:
 
     def maximise(self, values: Tensor) -> None:
         """Put the largest of the ranks' values in the place of each, in place."""
+        self._combine(values, dist.ReduceOp.MAX)
+
+    def sum(self, values: Tensor) -> None:
+        """Put the sum of the ranks' values in the place of each, in place."""
+        self._combine(values, dist.ReduceOp.SUM)
+
+    def _combine(self, values: Tensor, op: Any) -> None:
         if self.size > 1:
             there = values.to(self._device())
-            self._reduce(there, dist.ReduceOp.MAX)
+            self._reduce(there, op)
             values.copy_(there)
 
     def spread(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
