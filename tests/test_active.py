@@ -305,6 +305,69 @@ class TestActiveSet:
         assert active.close_interval(0.1, least=5) == 0
         assert active.stopped
 
+    @settings(max_examples=80)
+    @given(
+        st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=30).filter(
+            lambda some: any(here for _, here in some)
+        ),
+        st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+        st.integers(0, 12),
+    )
+    def test_those_ahead_rest(self, examples: list[tuple[int, bool]], extra: float, least: int) -> None:
+        active = ActiveSet(len(examples), counting=True)
+        active.mask.copy_(torch.tensor([here for _, here in examples]))
+        for i, (visits, _) in enumerate(examples):
+            for _ in range(visits):
+                active.visit(torch.tensor([i]))
+        there = [visits for visits, here in examples if here]
+        mean = sum(there) / len(there)
+        expected = [here and visits <= mean + extra for visits, here in examples]
+        if sum(expected) < least:
+            expected = [here for _, here in examples]
+        assert active.rest(extra, least) == (expected != [True] * len(examples))
+        assert active.drawn.tolist() == expected
+        assert not active.rest(extra, least), "nothing has changed"
+        assert active.mask.tolist() == [here for _, here in examples], "none is set aside"
+
+    def test_they_come_back(self) -> None:
+        active = ActiveSet(4, counting=True)
+        active.visit(torch.tensor([0, 1]))
+        assert active.rest(0.4, least=1)
+        assert active.drawn.tolist() == [False, False, True, True]
+        active.visit(torch.tensor([2]))
+        assert active.rest(0.4, least=1)
+        assert active.drawn.tolist() == [True, True, True, True]
+
+    def test_what_is_set_aside_is_not_drawn(self) -> None:
+        active = ActiveSet(4, counting=True)
+        losses_of(active, _3=0.0)
+        active.visit(torch.tensor([0]))
+        active.rest(0.5, least=1)
+        assert active.close_interval(0.1, least=1) == 1
+        assert active.drawn.tolist() == [False, True, True, False]
+        losses_of(active, _1=0.0)
+        assert active.close_interval(0.1, least=2) == 1
+        assert active.drawn.tolist() == active.mask.tolist() == [True, False, True, False], "too few without"
+
+    def test_nothing_is_counted_unasked(self) -> None:
+        active = ActiveSet(3)
+        active.visit(torch.tensor([0]))
+        assert active.drawn is active.mask
+        assert active.visits is active.recent is None
+        assert set(active.state_dict()) == {"mask", "largest", "stopped"}
+
+    def test_state_of_visits_round_trip(self) -> None:
+        active, other = ActiveSet(4, counting=True), ActiveSet(4, counting=True)
+        drawn = other.drawn
+        active.visit(torch.tensor([0, 1]))
+        active.rest(0.4, least=1)
+        active.visit(torch.tensor([2]))
+        other.load_state_dict(active.state_dict())
+        assert other.drawn is drawn, "draws share it"
+        assert drawn.tolist() == [False, False, True, True]
+        assert other.rest(0.4, least=1)
+        assert drawn.tolist() == [True, True, True, True]
+
     def test_state_round_trip(self) -> None:
         active, other = ActiveSet(6), ActiveSet(6)
         mask = other.mask

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from conftest import SMALL, Batch, Blobs, events, make_crest, make_net, sgd, train_pass, train_step
-from torchcrest import CrestConfig, NonFiniteLossError
+from torchcrest import Crest, CrestConfig, NonFiniteLossError
 
 ALWAYS, NEVER = 1e9, 1e-12  # tolerances: every check passes, none does (while parameters move)
 
@@ -90,6 +93,83 @@ class TestExclusion:
         train_pass(model, crest)
         assert events(crest, "exclude") == []
         assert crest.stats.active == 300
+
+
+class TestVisits:
+    """`max_extra_visits`."""
+
+    @staticmethod
+    def visits(trace: list[tuple[list[int], list[float]]]) -> Tensor:
+        return torch.tensor([i for indices, _ in trace for i in indices]).bincount(minlength=300)
+
+    def run(self, steps: int = 120, **changes: Any) -> tuple[Crest, list[tuple[list[int], list[float]]]]:
+        model = make_net()
+        crest = make_crest(model, Blobs(), config=config(**changes), steps=steps)
+        return crest, train_pass(model, crest)
+
+    def test_none_is_far_ahead(self) -> None:
+        """Coresets that are used once, 6.4 epochs."""
+        once = {"renew": 2, "pool_size": 32, "interval_scale": 4}
+        free, bound = (self.visits(self.run(max_extra_visits=extra, **once)[1]) for extra in (None, 0.5))
+        mean = 120 * 16 / 300
+        # Looked at four times an epoch; a pass over the pools, of two batches each, takes half of one.
+        assert bound.max() <= mean + 0.5 + 2 < free.max()
+        assert free.float().std() > 2 * bound.float().std()
+
+    def test_not_in_the_first_epoch(self) -> None:
+        (_, free), (_, bound) = (self.run(max_extra_visits=extra, steps=18) for extra in (None, 0.1))
+        assert free == bound
+        (_, free), (_, bound) = (self.run(max_extra_visits=extra, steps=60) for extra in (None, 0.1))
+        assert free[:19] == bound[:19]
+        assert free != bound
+
+    def test_counts_what_is_handed_out(self) -> None:
+        crest, trace = self.run(max_extra_visits=0.5, exclude=True)
+        assert crest.stats.active < 300
+        assert crest._active.visits is not None
+        assert crest._active.recent is not None
+        assert torch.equal(crest._active.visits + crest._active.recent, self.visits(trace))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_resumes_to_the_bit(self, workers: int) -> None:
+        settings = config(max_extra_visits=0.5, exclude=True)
+
+        def make(model: nn.Module) -> Crest:
+            return make_crest(model, Blobs(), config=settings, steps=70, num_workers=workers)
+
+        model = make_net()
+        crest, optimizer, trace = make(model), sgd(model), []
+        for step, batch in enumerate(crest):
+            trace.append(crest.indices.tolist())
+            train_step(model, optimizer, batch)
+            if step == 40:
+                state = copy.deepcopy([crest.state_dict(), model.state_dict(), optimizer.state_dict()])
+        assert not crest._active.drawn.all()
+        assert trace == [indices for indices, _ in self.run(max_extra_visits=0.5, exclude=True, steps=70)[1]]
+        again = make_net(seed=1)
+        resumed, optimizer = make(again), sgd(again)
+        parts: list[Any] = [resumed, again, optimizer]
+        for part, saved in zip(parts, state, strict=True):
+            part.load_state_dict(saved)
+        rest = []
+        for batch in resumed:
+            rest.append(resumed.indices.tolist())
+            train_step(again, optimizer, batch)
+        assert rest == trace[41:]
+
+    def test_a_stream_is_left_alone(self) -> None:
+        class Endless(IterableDataset[Batch]):
+            def __iter__(self) -> Iterator[Batch]:
+                data = Blobs()
+                while True:
+                    yield from (data[i] for i in range(300))
+
+        def batches(extra: float | None) -> list[list[int]]:
+            model = make_net()
+            crest = make_crest(model, Endless(), config=config(max_extra_visits=extra), steps=60)
+            return [indices for indices, _ in train_pass(model, crest)]
+
+        assert batches(0.5) == batches(None)
 
 
 class TestWarnings:

@@ -267,6 +267,22 @@ class TestDDP:
         assert zero["one damaged"].startswith("RankError: Rank 1 of 2 has failed: CheckpointError: The crest state is")
 
 
+def resting(rank: int, size: int) -> Any:
+    """Train for two and a half epochs, those that are ahead of the others rest."""
+    run = Run(ddp(), Blobs(307), config=replace(CONFIG, max_extra_visits=0.5)).go()
+    active = run.crest._active
+    return run.trace, active.drawn, active.visits, active.recent
+
+
+def test_the_same_examples_rest_on_all_ranks(tmp_path: Path) -> None:
+    (trace, drawn, visits, recent), (other, *theirs) = launch(resting, 2, tmp_path)
+    assert torch.equal(drawn, theirs[0])
+    assert torch.equal(visits, theirs[1])
+    assert not drawn.all()
+    seen = torch.tensor([*trace, *other]).flatten().bincount(minlength=307)
+    assert torch.equal(visits + recent + theirs[2], seen)
+
+
 # With what else people train -------------------------------------------------------------------------------
 
 

@@ -163,7 +163,7 @@ class Crest(Passes):
         )
         self._source = source_of(config, self._meter, examples or 0, steps, seed, proxy_model, proxy_optimizer)
         self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
-        self._active = ActiveSet(examples or 0, counting=config.max_extra_visits is not None)
+        self._active = ActiveSet(examples or 0, counting=bool(examples) and config.max_extra_visits is not None)
         reading = Reading(
             num_workers,
             collate_fn,
