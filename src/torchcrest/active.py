@@ -85,7 +85,8 @@ class ActiveSet:
             self._keep_lowest(learned, room)
         self.mask &= learned.logical_not_()
         self.count -= count
-        self._draw(self.drawn & self.mask, least)
+        if self.visits is not None:  # else the one is the other
+            self._draw(self.drawn & self.mask, least)
         self.largest.fill_(-torch.inf)
         return count
 

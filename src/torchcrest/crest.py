@@ -491,14 +491,13 @@ class Crest(Passes):
 
     def _rest(self) -> None:
         """Let those rest that are ahead of the others, four times an epoch and from the second one on."""
-        extra, examples = self.config.max_extra_visits, self.examples
-        if extra is None or not examples:
+        extra, examples, recent = self.config.max_extra_visits, self.examples, self._active.recent
+        if extra is None or examples is None or recent is None:
             return
         trained = self._step * self.config.batch_size * self._ranks.size
         every = max(1, examples // (RESTS * self.config.batch_size * self._ranks.size))  # steps
         if trained >= examples and self._step % every == 0:
-            assert self._active.recent is not None
-            self._ranks.sum(self._active.recent)
+            self._ranks.sum(recent)
             if self._active.rest(extra, self.config.pool * self._ranks.size):
                 self._feed.redraw()
 
