@@ -130,6 +130,18 @@ class TestVisits:
         assert crest._active.recent is not None
         assert torch.equal(crest._active.visits + crest._active.recent, self.visits(trace))
 
+    @pytest.mark.parametrize("bound", [None, 1e-9], ids=["coresets", "random batches"])
+    def test_knows_the_classes_of_what_was_read(self, bound: float | None) -> None:
+        crest, _ = self.run(max_extra_visits=0.5, max_overhead=bound, overhead_in="counted", renew=2)
+        assert (crest.stats.coresets < 5) == (bound is not None)
+        assert crest._active.classes is not None
+        crest._active.known()
+        assert crest._active.classes.equal(Blobs().y.int())
+        crest, _ = self.run(max_extra_visits=0.5, stratify=False)
+        assert crest._active.classes is not None
+        crest._active.known()
+        assert len(crest._active.classes.unique()) == 1, "one mean of all, where coresets are not picked by class"
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resumes_to_the_bit(self, workers: int) -> None:
         settings = config(max_extra_visits=0.5, exclude=True)

@@ -15,6 +15,7 @@ __all__ = ["ActiveSet", "Draws", "Place", "Shuffle", "stream"]
 WHOLE = 1 << 17  # examples; up to so many a pass is one random permutation, above it is computed as it is needed
 WINDOW = 8192  # places of a pass computed at a time
 ROUNDS = 8
+UNKNOWN = torch.iinfo(torch.int32).min  # class of an example that was not read
 
 
 def stream(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -36,7 +37,7 @@ class ActiveSet:
 
     Over an interval it keeps each example's largest measured loss; those that were measured in it and
     stayed below a bound all along are set aside at its end. Where visits are counted, those that are ahead of the
-    others rest.
+    others of their class rest.
 
     Args:
         examples: how many there are.
@@ -47,6 +48,8 @@ class ActiveSet:
         drawn: ``[examples]`` bool, True for those that do not rest either; the mask itself where none are counted.
         visits: ``[examples]`` batches that each was in, of all ranks, up to the last rest; None: not counted.
         recent: the same of this rank, since then.
+        classes: ``[examples]`` int32, each one's class as far as this rank knows, :data:`UNKNOWN` else; None: no visits
+            are counted.
         stopped: exclusion came to its end because pools need the examples that are left.
         largest: ``[examples]`` largest loss measured in the running interval; -inf: none.
     """
@@ -56,6 +59,8 @@ class ActiveSet:
         self.drawn = self.mask.clone() if counting else self.mask
         self.visits = torch.zeros(examples, dtype=torch.int32) if counting else None
         self.recent = torch.zeros(examples, dtype=torch.int32) if counting else None
+        self.classes = torch.full((examples,), UNKNOWN, dtype=torch.int32) if counting else None
+        self._read: list[tuple[Tensor, Tensor]] = []  # indices and classes that have not been waited for
         self.count = examples
         self.stopped = False
         self.largest = torch.full((examples,), -torch.inf)
@@ -95,11 +100,24 @@ class ActiveSet:
         if self.recent is not None:
             self.recent[indices] += 1
 
+    def label(self, indices: Tensor, labels: Tensor | None) -> None:
+        """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. They are not waited for."""
+        if self.classes is not None and labels is not None:
+            self._read.append((indices, labels))
+
+    def known(self) -> None:
+        """Enter the classes that were noted. Waits for the device, once."""
+        if self.classes is not None and self._read:
+            indices, labels = (torch.cat(parts) for parts in zip(*self._read, strict=True))
+            self.classes[indices] = labels.to("cpu", torch.int32)
+            self._read.clear()
+
     def rest(self, extra: float, least: int) -> bool:
-        """Let those rest that were in more batches than the others, until the others have caught up.
+        """Let those rest that were in more batches than the others of their class, until these have caught up.
 
         Args:
-            extra: batches by which an example may be ahead of the mean of those not set aside.
+            extra: batches by which an example may be ahead of the mean of those of its class that are not set aside.
+                All whose class is not known count as one.
             least: examples that must be drawn. If fewer would be, none rest.
 
         Returns:
@@ -109,9 +127,15 @@ class ActiveSet:
         assert self.recent is not None
         self.visits += self.recent
         self.recent.zero_()
+        assert self.classes is not None
+        self.known()
         before = self.drawn.clone()
-        mean = float(self.visits[self.mask].mean(dtype=torch.float64))
-        self._draw((self.visits <= mean + extra) & self.mask, least)
+        groups = self.classes[self.mask].unique(return_inverse=True)[1]
+        visits = self.visits[self.mask]
+        means = groups.bincount(visits.double()) / groups.bincount()
+        some = torch.zeros_like(self.mask)
+        some[self.mask] = visits <= means[groups] + extra
+        self._draw(some, least)
         return not self.drawn.equal(before)
 
     def _draw(self, some: Tensor, least: int) -> None:
@@ -142,9 +166,10 @@ class ActiveSet:
             values.copy_(state[name])
 
     def _counts(self) -> dict[str, Tensor]:
-        if self.visits is None or self.recent is None:
+        if self.visits is None or self.recent is None or self.classes is None:
             return {}
-        return {"drawn": self.drawn, "visits": self.visits, "recent": self.recent}
+        self.known()
+        return {"drawn": self.drawn, "visits": self.visits, "recent": self.recent, "classes": self.classes}
 
 
 class Place(NamedTuple):

@@ -61,9 +61,10 @@ class CrestConfig:
         learned_interval: T2, steps (an int), or share of ``len(crest)`` (a float up to 1), over which the
             loss must stay below ``learned_loss``.
         max_extra_visits: from the second epoch on (as many examples trained on as there are), an example that was
-            in more batches than the mean by more than this rests until the others have caught up: hard ones are
-            not trained on much more often than the rest, and not learned by heart. Looked at four times an epoch. None:
-            no bound, as in the paper; streams have none. It takes 9 bytes an example.
+            in more batches than the mean of its class by more than this rests until the others have caught up: hard
+            ones are not trained on much more often than the rest, and not learned by heart; rare classes still are. The
+            mean is that of all where coresets are not picked by class, see ``stratify``. Looked at four times an epoch.
+            None: no bound, as in the paper; streams have none. It takes 13 bytes an example.
         weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
             batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks. See ``label_noise``.
         label_noise: share of the labels that are wrong. With none, a pool of 2m gives a coreset, with weights of

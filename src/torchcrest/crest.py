@@ -334,7 +334,9 @@ class Crest(Passes):
             weights = torch.ones(m, device=device_of(self._meter.model))
             for start in range(0, len(indices) - m + 1, m):
                 part = tree.move(trimmed(self._meter.objective, tree.part(data, start, start + m)), weights.device)
-                self._spare.append(Coreset(indices, torch.arange(start, start + m), weights.clone(), part, False))
+                rows = torch.arange(start, start + m)
+                self._spare.append(Coreset(indices, rows, weights.clone(), part, False))
+                self._label(indices[rows], self._meter.objective.labels(part))
         return self._spare.pop(0)
 
     def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
@@ -353,7 +355,13 @@ class Crest(Passes):
         else:
             self._unseen.append((indices, pool.losses))
         self._note(pool, rows)
+        self._label(indices, pool.labels)
         return pool
+
+    def _label(self, indices: Tensor, labels: Tensor | None) -> None:
+        """Tell the active set what classes the examples have, where coresets are picked by class."""
+        if self.config.stratify:
+            self._active.label(indices, labels)
 
     def _note(self, pool: Pool, rows: Tensor | None = None) -> None:
         """Enter the model's own losses and outputs of a pool, those of some rows or all, into the record."""
@@ -370,6 +378,7 @@ class Crest(Passes):
             pool = self._meter.measure(indices, data)
         self._unseen.append((indices, pool.losses))
         self._note(pool)
+        self._label(indices, pool.labels)
         self._look()
         if pool.outputs is not None:
             self._source.note(self._step, indices, pool.outputs)
@@ -490,14 +499,17 @@ class Crest(Passes):
         self._log("exclude", excluded=excluded, active=self._active.count, stopped=self._active.stopped)
 
     def _rest(self) -> None:
-        """Let those rest that are ahead of the others, four times an epoch and from the second one on."""
-        extra, examples, recent = self.config.max_extra_visits, self.examples, self._active.recent
-        if extra is None or examples is None or recent is None:
+        """Let those rest that are ahead of their class, four times an epoch and from the second one on."""
+        extra, examples = self.config.max_extra_visits, self.examples
+        recent, classes = self._active.recent, self._active.classes
+        if extra is None or examples is None or recent is None or classes is None:
             return
         trained = self._step * self.config.batch_size * self._ranks.size
         every = max(1, examples // (RESTS * self.config.batch_size * self._ranks.size))  # steps
         if trained >= examples and self._step % every == 0:
             self._ranks.sum(recent)
+            self._active.known()
+            self._ranks.maximise(classes)
             if self._active.rest(extra, self.config.pool * self._ranks.size):
                 self._feed.redraw()
 
