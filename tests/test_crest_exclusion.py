@@ -142,6 +142,15 @@ class TestVisits:
         crest._active.known()
         assert len(crest._active.classes.unique()) == 1, "one mean of all, where coresets are not picked by class"
 
+    def test_a_batch_is_the_users_to_change(self) -> None:
+        settings = config(max_extra_visits=0.5, max_overhead=1e-9, overhead_in="counted", renew=2)
+        crest = make_crest(make_net(), Blobs(), config=settings, steps=120)
+        for batch in crest:
+            batch.data[1].zero_()
+        assert crest._active.classes is not None
+        crest._active.known()
+        assert crest._active.classes.equal(Blobs().y.int())
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resumes_to_the_bit(self, workers: int) -> None:
         settings = config(max_extra_visits=0.5, exclude=True)

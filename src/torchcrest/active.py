@@ -101,15 +101,15 @@ class ActiveSet:
             self.recent[indices] += 1
 
     def label(self, indices: Tensor, labels: Tensor | None) -> None:
-        """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. They are not waited for."""
+        """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. A copy, not waited for."""
         if self.classes is not None and labels is not None:
-            self._read.append((indices, labels))
+            self._read.append((indices, labels.to(torch.int32, copy=True)))
 
     def known(self) -> None:
         """Enter the classes that were noted. Waits for the device, once."""
         if self.classes is not None and self._read:
             indices, labels = (torch.cat(parts) for parts in zip(*self._read, strict=True))
-            self.classes[indices] = labels.to("cpu", torch.int32)
+            self.classes[indices] = labels.cpu()
             self._read.clear()
 
     def rest(self, extra: float, least: int) -> bool:
@@ -153,6 +153,7 @@ class ActiveSet:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mask, the running interval's losses, and visits where they are counted."""
+        self.known()
         state = {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
         return state | {name: values.clone() for name, values in self._counts().items()}
 
@@ -162,13 +163,13 @@ class ActiveSet:
         self.largest.copy_(state["largest"])
         self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
+        self._read.clear()
         for name, values in self._counts().items():
             values.copy_(state[name])
 
     def _counts(self) -> dict[str, Tensor]:
         if self.visits is None or self.recent is None or self.classes is None:
             return {}
-        self.known()
         return {"drawn": self.drawn, "visits": self.visits, "recent": self.recent, "classes": self.classes}
 
 

@@ -20,7 +20,7 @@ from torchcrest.difficulty import Difficulty
 from torchcrest.distributed import Ranks
 from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.feed import Feed, Reading, examples_in
-from torchcrest.measure import Meter, device_of, how_of
+from torchcrest.measure import Meter, device_of, how_of, labels_in
 from torchcrest.noise import LabelNoise
 from torchcrest.objectives import Objective, Projecting, as_objective, trimmed
 from torchcrest.overhead import Purpose
@@ -336,7 +336,8 @@ class Crest(Passes):
                 part = tree.move(trimmed(self._meter.objective, tree.part(data, start, start + m)), weights.device)
                 rows = torch.arange(start, start + m)
                 self._spare.append(Coreset(indices, rows, weights.clone(), part, False))
-                self._label(indices[rows], self._meter.objective.labels(part))
+                if self._active.classes is not None:
+                    self._label(indices[rows], labels_in(self._meter.objective, part, m))
         return self._spare.pop(0)
 
     def _teach(self, batch: WeightedBatch, indices: Tensor) -> None:
@@ -386,6 +387,7 @@ class Crest(Passes):
 
     def _look(self) -> None:
         """Refuse losses that are not finite, and note the others for exclusion. Waits for the device, once."""
+        self._active.known()
         if not self._unseen:
             return
         together = torch.cat([losses.detach().float() for _, losses in self._unseen]).cpu()

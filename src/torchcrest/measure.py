@@ -20,7 +20,18 @@ from torchcrest.errors import ConfigError, DataError, must
 from torchcrest.objectives import Objective, Projecting, trimmed
 from torchcrest.types import Coreset, Pool
 
-__all__ = ["How", "Meter", "device_of", "forked", "how_of", "last_layers", "observing", "pool_of", "synchronize"]
+__all__ = [
+    "How",
+    "Meter",
+    "device_of",
+    "forked",
+    "how_of",
+    "labels_in",
+    "last_layers",
+    "observing",
+    "pool_of",
+    "synchronize",
+]
 
 Part = TypeVar("Part")
 
@@ -180,7 +191,7 @@ class Meter:
         data = tree.move(trimmed(self.objective, data), device_of(self.model))
         if isinstance(self.objective, Projecting):
             losses, gradients = self._proxies(self.objective, data, len(indices))
-            return Pool(indices, data, losses, gradients, labels=_labels(self.objective, data, len(indices)))
+            return Pool(indices, data, losses, gradients, labels=labels_in(self.objective, data, len(indices)))
         outputs, features, bias = self.forward(data, len(indices))
         return replace(pool_of(self.objective, indices, data, outputs), features=features, bias=bias)
 
@@ -444,11 +455,12 @@ def pool_of(objective: Objective, indices: Tensor, data: Any, outputs: Tensor) -
             raise DataError(must("losses", f"have shape ({r},), one an example", got, 'Use reduction="none".'))
         (gradients,) = torch.autograd.grad(losses.sum(), outputs)
     flat = gradients.flatten(1).float()
-    labels = _labels(objective, data, r)
+    labels = labels_in(objective, data, r)
     return Pool(indices, data, losses.detach(), flat, labels=labels, outputs=outputs.detach())
 
 
-def _labels(objective: Objective, data: Any, examples: int) -> Tensor | None:
+def labels_in(objective: Objective, data: Any, examples: int) -> Tensor | None:
+    """Return the classes ``[examples]`` of a batch, None where it has none, or refuse other shapes."""
     labels = objective.labels(data)
     if labels is not None and tuple(labels.shape) != (examples,):
         do = "Return None from labels() where there is no class an example."
