@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchcrest import active as module
-from torchcrest.active import UNKNOWN, ActiveSet, Draws, Place, Shuffle, stream
+from torchcrest.active import ActiveSet, Draws, Place, Shuffle, stream
 
 
 def everyone(n: int) -> Tensor:
@@ -305,87 +305,40 @@ class TestActiveSet:
         assert active.close_interval(0.1, least=5) == 0
         assert active.stopped
 
-    @settings(max_examples=80)
-    @given(
-        st.lists(
-            st.tuples(st.integers(0, 6), st.booleans(), st.sampled_from([None, -100, 0, 7])), min_size=1, max_size=30
-        ).filter(lambda some: any(here for _, here, _ in some)),
-        st.sampled_from([0.25, 0.5, 1.0, 2.0]),
-        st.integers(0, 12),
-    )
-    def test_those_ahead_of_their_class_rest(
-        self, examples: list[tuple[int, bool, int | None]], extra: float, least: int
-    ) -> None:
-        active = ActiveSet(len(examples), counting=True)
-        active.mask.copy_(torch.tensor([here for _, here, _ in examples]))
-        for i, (visits, _, label) in enumerate(examples):
-            for _ in range(visits):
-                active.visit(torch.tensor([i]))
-            active.label(torch.tensor([i]), None if label is None else torch.tensor([label]))
-        there: dict[int | None, list[int]] = {}
-        for visits, here, label in examples:
-            if here:
-                there.setdefault(label, []).append(visits)
-        expected = [
-            here and visits <= sum(there[label]) / len(there[label]) + extra for visits, here, label in examples
-        ]
-        if sum(expected) < least:
-            expected = [here for _, here, _ in examples]
-        assert active.rest(extra, least) == (expected != [True] * len(examples))
-        assert active.drawn.tolist() == expected
-        assert not active.rest(extra, least), "nothing has changed"
-        assert active.mask.tolist() == [here for _, here, _ in examples], "none is set aside"
-
-    def test_a_class_may_be_ahead(self) -> None:
-        active = ActiveSet(4, counting=True)
-        active.label(torch.tensor([0, 1, 2, 3]), torch.tensor([5, 5, 6, 6]))
-        for _ in range(9):
-            active.visit(torch.tensor([0, 1]))
-        active.visit(torch.tensor([2]))
-        assert active.rest(0.4, least=1)
-        assert active.drawn.tolist() == [True, True, False, True]
-
-    def test_they_come_back(self) -> None:
-        active = ActiveSet(4, counting=True)
-        active.visit(torch.tensor([0, 1]))
-        assert active.rest(0.4, least=1)
-        assert active.drawn.tolist() == [False, False, True, True]
-        active.visit(torch.tensor([2]))
-        assert active.rest(0.4, least=1)
-        assert active.drawn.tolist() == [True, True, True, True]
+    def test_some_rest(self) -> None:
+        active = ActiveSet(4, resting=True)
+        drawn = active.drawn
+        some = torch.tensor([False, False, True, True])
+        assert active.rest(some, least=2)
+        assert active.drawn is drawn, "draws share it"
+        assert drawn.equal(some)
+        assert not active.rest(some, least=2), "nothing has changed"
+        assert active.mask.all(), "none is set aside"
+        assert active.rest(some, least=3), "too few without those that rest"
+        assert drawn.all()
 
     def test_what_is_set_aside_is_not_drawn(self) -> None:
-        active = ActiveSet(4, counting=True)
+        active = ActiveSet(4, resting=True)
         losses_of(active, _3=0.0)
-        active.visit(torch.tensor([0]))
-        active.rest(0.5, least=1)
+        active.rest(torch.tensor([False, True, True, True]), least=1)
         assert active.close_interval(0.1, least=1) == 1
         assert active.drawn.tolist() == [False, True, True, False]
         losses_of(active, _1=0.0)
         assert active.close_interval(0.1, least=2) == 1
         assert active.drawn.tolist() == active.mask.tolist() == [True, False, True, False], "too few without"
 
-    def test_nothing_is_counted_unasked(self) -> None:
+    def test_none_rests_unasked(self) -> None:
         active = ActiveSet(3)
-        active.visit(torch.tensor([0]))
         assert active.drawn is active.mask
-        assert active.visits is active.recent is active.classes is None
         assert set(active.state_dict()) == {"mask", "largest", "stopped"}
 
-    def test_state_of_visits_round_trip(self) -> None:
-        active, other = ActiveSet(4, counting=True), ActiveSet(4, counting=True)
+    def test_state_of_rest_round_trip(self) -> None:
+        active, other = ActiveSet(4, resting=True), ActiveSet(4, resting=True)
         drawn = other.drawn
-        active.visit(torch.tensor([0, 1]))
-        active.rest(0.4, least=1)
-        active.visit(torch.tensor([2]))
-        active.label(torch.tensor([2, 3]), torch.tensor([1, 1]))
+        active.rest(torch.tensor([False, False, True, True]), least=1)
         other.load_state_dict(active.state_dict())
-        assert other.classes is not None
-        assert other.classes.tolist() == [UNKNOWN, UNKNOWN, 1, 1]
         assert other.drawn is drawn, "draws share it"
         assert drawn.tolist() == [False, False, True, True]
-        assert other.rest(0.4, least=1)
-        assert drawn.tolist() == [True, True, False, True], "of two classes now, whose means are 1 and a half"
 
     def test_state_round_trip(self) -> None:
         active, other = ActiveSet(6), ActiveSet(6)

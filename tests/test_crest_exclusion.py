@@ -95,6 +95,13 @@ class TestExclusion:
         assert crest.stats.active == 300
 
 
+def classes_of(crest: Crest) -> Tensor:
+    """Return the classes that the run knows for the comparison of visits."""
+    assert crest._visits
+    crest._visits.enter()
+    return crest._visits.classes
+
+
 class TestVisits:
     """`max_extra_visits`."""
 
@@ -126,30 +133,23 @@ class TestVisits:
     def test_counts_what_is_handed_out(self) -> None:
         crest, trace = self.run(max_extra_visits=0.5, exclude=True)
         assert crest.stats.active < 300
-        assert crest._active.visits is not None
-        assert crest._active.recent is not None
-        assert torch.equal(crest._active.visits + crest._active.recent, self.visits(trace))
+        assert crest._visits
+        assert torch.equal(crest._visits.counts + crest._visits.recent, self.visits(trace))
 
     @pytest.mark.parametrize("bound", [None, 1e-9], ids=["coresets", "random batches"])
     def test_knows_the_classes_of_what_was_read(self, bound: float | None) -> None:
         crest, _ = self.run(max_extra_visits=0.5, max_overhead=bound, overhead_in="counted", renew=2)
         assert (crest.stats.coresets < 5) == (bound is not None)
-        assert crest._active.classes is not None
-        crest._active.known()
-        assert crest._active.classes.equal(Blobs().y.int())
+        assert classes_of(crest).equal(Blobs().y.int())
         crest, _ = self.run(max_extra_visits=0.5, stratify=False)
-        assert crest._active.classes is not None
-        crest._active.known()
-        assert len(crest._active.classes.unique()) == 1, "one mean of all, where coresets are not picked by class"
+        assert len(classes_of(crest).unique()) == 1, "one mean of all, where coresets are not picked by class"
 
     def test_a_batch_is_the_users_to_change(self) -> None:
         settings = config(max_extra_visits=0.5, max_overhead=1e-9, overhead_in="counted", renew=2)
         crest = make_crest(make_net(), Blobs(), config=settings, steps=120)
         for batch in crest:
             batch.data[1].zero_()
-        assert crest._active.classes is not None
-        crest._active.known()
-        assert crest._active.classes.equal(Blobs().y.int())
+        assert classes_of(crest).equal(Blobs().y.int())
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resumes_to_the_bit(self, workers: int) -> None:

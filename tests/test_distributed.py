@@ -270,8 +270,9 @@ class TestDDP:
 def resting(rank: int, size: int) -> Any:
     """Train for two and a half epochs, those that are ahead of the others rest."""
     run = Run(ddp(), Blobs(307), config=replace(CONFIG, max_extra_visits=0.5)).go()
-    active = run.crest._active
-    return run.trace, active.drawn, active.visits, active.recent, active.classes
+    visits = run.crest._visits
+    assert visits
+    return run.trace, run.crest._active.drawn, visits.counts, visits.recent, visits.classes
 
 
 def test_the_same_examples_rest_on_all_ranks(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", 
 
 LEVELS = [
     {"errors", "checks", "types", "tree", "config"},
-    {"objectives", "tokens", "solvers", "quadratic", "active", "distributed", "overhead", "difficulty"},
+    {"objectives", "tokens", "solvers", "quadratic", "active", "visits", "distributed", "overhead", "difficulty"},
     {"student", "noise"},
     {"measure", "feed", "streaming", "proxies", "account", "diagnostics"},
     {"passes", "region", "crest", "baselines"},

@@ -15,7 +15,6 @@ __all__ = ["ActiveSet", "Draws", "Place", "Shuffle", "stream"]
 WHOLE = 1 << 17  # examples; up to so many a pass is one random permutation, above it is computed as it is needed
 WINDOW = 8192  # places of a pass computed at a time
 ROUNDS = 8
-UNKNOWN = torch.iinfo(torch.int32).min  # class of an example that was not read
 
 
 def stream(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -36,31 +35,22 @@ class ActiveSet:
     """The examples not yet learned, and those of them that are drawn.
 
     Over an interval it keeps each example's largest measured loss; those that were measured in it and
-    stayed below a bound all along are set aside at its end. Where visits are counted, those that are ahead of the
-    others of their class rest.
+    stayed below a bound all along are set aside at its end. Others may rest for a while.
 
     Args:
         examples: how many there are.
-        counting: count visits, for :meth:`rest`.
+        resting: some may rest, see :meth:`rest`.
 
     Attributes:
         mask: ``[examples]`` bool, True for those not set aside.
-        drawn: ``[examples]`` bool, True for those that do not rest either; the mask itself where none are counted.
-        visits: ``[examples]`` batches that each was in, of all ranks, up to the last rest; None: not counted.
-        recent: the same of this rank, since then.
-        classes: ``[examples]`` int32, each one's class as far as this rank knows, :data:`UNKNOWN` else; None: no visits
-            are counted.
+        drawn: ``[examples]`` bool, True for those that do not rest either; the mask itself where none may.
         stopped: exclusion came to its end because pools need the examples that are left.
         largest: ``[examples]`` largest loss measured in the running interval; -inf: none.
     """
 
-    def __init__(self, examples: int, counting: bool = False) -> None:
+    def __init__(self, examples: int, resting: bool = False) -> None:
         self.mask = torch.ones(examples, dtype=torch.bool)
-        self.drawn = self.mask.clone() if counting else self.mask
-        self.visits = torch.zeros(examples, dtype=torch.int32) if counting else None
-        self.recent = torch.zeros(examples, dtype=torch.int32) if counting else None
-        self.classes = torch.full((examples,), UNKNOWN, dtype=torch.int32) if counting else None
-        self._read: list[tuple[Tensor, Tensor]] = []  # indices and classes that have not been waited for
+        self.drawn = self.mask.clone() if resting else self.mask
         self.count = examples
         self.stopped = False
         self.largest = torch.full((examples,), -torch.inf)
@@ -90,56 +80,27 @@ class ActiveSet:
             self._keep_lowest(learned, room)
         self.mask &= learned.logical_not_()
         self.count -= count
-        if self.visits is not None:  # else the one is the other
+        if self.drawn is not self.mask:
             self._draw(self.drawn & self.mask, least)
         self.largest.fill_(-torch.inf)
         return count
 
-    def visit(self, indices: Tensor) -> None:
-        """Count a batch with the examples ``[m]`` (distinct ones)."""
-        if self.recent is not None:
-            self.recent[indices] += 1
-
-    def label(self, indices: Tensor, labels: Tensor | None) -> None:
-        """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. A copy, not waited for."""
-        if self.classes is not None and labels is not None:
-            self._read.append((indices, labels.to(torch.int32, copy=True)))
-
-    def known(self) -> None:
-        """Enter the classes that were noted. Waits for the device, once."""
-        if self.classes is not None and self._read:
-            indices, labels = (torch.cat(parts) for parts in zip(*self._read, strict=True))
-            self.classes[indices] = labels.cpu()
-            self._read.clear()
-
-    def rest(self, extra: float, least: int) -> bool:
-        """Let those rest that were in more batches than the others of their class, until these have caught up.
+    def rest(self, ready: Tensor, least: int) -> bool:
+        """Draw some of the active examples only, until told otherwise.
 
         Args:
-            extra: batches by which an example may be ahead of the mean of those of its class that are not set aside.
-                All whose class is not known count as one.
+            ready: ``[examples]`` bool, those of them that do not rest.
             least: examples that must be drawn. If fewer would be, none rest.
 
         Returns:
             Whether others are drawn than before.
         """
-        assert self.visits is not None
-        assert self.recent is not None
-        self.visits += self.recent
-        self.recent.zero_()
-        assert self.classes is not None
-        self.known()
         before = self.drawn.clone()
-        groups = self.classes[self.mask].unique(return_inverse=True)[1]
-        visits = self.visits[self.mask]
-        means = groups.bincount(visits.double()) / groups.bincount()
-        some = torch.zeros_like(self.mask)
-        some[self.mask] = visits <= means[groups] + extra
-        self._draw(some, least)
+        self._draw(ready, least)
         return not self.drawn.equal(before)
 
-    def _draw(self, some: Tensor, least: int) -> None:
-        self.drawn.copy_(some if int(some.count_nonzero()) >= least else self.mask)
+    def _draw(self, ready: Tensor, least: int) -> None:
+        self.drawn.copy_(ready if int(ready.count_nonzero()) >= least else self.mask)
 
     def _keep_lowest(self, learned: Tensor, room: int) -> None:
         """Clear all but the lowest losses, in place; no list of examples is made, which takes more than they do."""
@@ -152,10 +113,9 @@ class ActiveSet:
         learned[ties.nonzero()[: room - int(learned.count_nonzero()), 0]] = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mask, the running interval's losses, and visits where they are counted."""
-        self.known()
+        """Return the masks and the running interval's losses."""
         state = {"mask": self.mask.clone(), "largest": self.largest.clone(), "stopped": self.stopped}
-        return state | {name: values.clone() for name, values in self._counts().items()}
+        return state if self.drawn is self.mask else {**state, "drawn": self.drawn.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state, in place."""
@@ -163,14 +123,8 @@ class ActiveSet:
         self.largest.copy_(state["largest"])
         self.count = int(self.mask.count_nonzero())
         self.stopped = bool(state["stopped"])
-        self._read.clear()
-        for name, values in self._counts().items():
-            values.copy_(state[name])
-
-    def _counts(self) -> dict[str, Tensor]:
-        if self.visits is None or self.recent is None or self.classes is None:
-            return {}
-        return {"drawn": self.drawn, "visits": self.visits, "recent": self.recent, "classes": self.classes}
+        if self.drawn is not self.mask:
+            self.drawn.copy_(state["drawn"])
 
 
 class Place(NamedTuple):

@@ -31,6 +31,7 @@ from torchcrest.region import Region, read_coresets, states_of
 from torchcrest.solvers import labels_of, pick
 from torchcrest.streaming import StreamFeed, is_stream
 from torchcrest.types import Coreset, Pool, WeightedBatch
+from torchcrest.visits import Visits
 
 __all__ = ["Crest"]
 
@@ -163,7 +164,9 @@ class Crest(Passes):
         )
         self._source = source_of(config, self._meter, examples or 0, steps, seed, proxy_model, proxy_optimizer)
         self._unseen: list[tuple[Tensor, Tensor]] = []  # indices and losses that have not been waited for
-        self._active = ActiveSet(examples or 0, counting=bool(examples) and config.max_extra_visits is not None)
+        extra = config.max_extra_visits
+        self._visits = Visits(examples, extra) if examples is not None and extra is not None else None
+        self._active = ActiveSet(examples or 0, resting=self._visits is not None)
         reading = Reading(
             num_workers,
             collate_fn,
@@ -237,7 +240,8 @@ class Crest(Passes):
             # A copy: the region may hand the same coreset out again, and the batch is the user's to change.
             batch = tree.clone(batch)
         self.stats.coresets += coreset.picked
-        self._active.visit(coreset.indices)
+        if self._visits:
+            self._visits.count(coreset.indices)
         if self._account.can_teach:
             self._teach(batch, coreset.indices)
         self._account.clock.handed()
@@ -336,7 +340,7 @@ class Crest(Passes):
                 part = tree.move(trimmed(self._meter.objective, tree.part(data, start, start + m)), weights.device)
                 rows = torch.arange(start, start + m)
                 self._spare.append(Coreset(indices, rows, weights.clone(), part, False))
-                if self._active.classes is not None:
+                if self._visits:
                     self._label(indices[rows], labels_in(self._meter.objective, part, m))
         return self._spare.pop(0)
 
@@ -360,9 +364,9 @@ class Crest(Passes):
         return pool
 
     def _label(self, indices: Tensor, labels: Tensor | None) -> None:
-        """Tell the active set what classes the examples have, where coresets are picked by class."""
-        if self.config.stratify:
-            self._active.label(indices, labels)
+        """Note the examples' classes for the comparison of visits, where coresets are picked by class."""
+        if self._visits and self.config.stratify:
+            self._visits.label(indices, labels)
 
     def _note(self, pool: Pool, rows: Tensor | None = None) -> None:
         """Enter the model's own losses and outputs of a pool, those of some rows or all, into the record."""
@@ -387,7 +391,8 @@ class Crest(Passes):
 
     def _look(self) -> None:
         """Refuse losses that are not finite, and note the others for exclusion. Waits for the device, once."""
-        self._active.known()
+        if self._visits:
+            self._visits.enter()
         if not self._unseen:
             return
         together = torch.cat([losses.detach().float() for _, losses in self._unseen]).cpu()
@@ -502,17 +507,16 @@ class Crest(Passes):
 
     def _rest(self) -> None:
         """Let those rest that are ahead of their class, four times an epoch and from the second one on."""
-        extra, examples = self.config.max_extra_visits, self.examples
-        recent, classes = self._active.recent, self._active.classes
-        if extra is None or examples is None or recent is None or classes is None:
+        visits, examples = self._visits, self.examples
+        if visits is None or examples is None:
             return
-        trained = self._step * self.config.batch_size * self._ranks.size
-        every = max(1, examples // (RESTS * self.config.batch_size * self._ranks.size))  # steps
-        if trained >= examples and self._step % every == 0:
-            self._ranks.sum(recent)
-            self._active.known()
-            self._ranks.maximise(classes)
-            if self._active.rest(extra, self.config.pool * self._ranks.size):
+        batch = self.config.batch_size * self._ranks.size
+        every = max(1, examples // (RESTS * batch))  # steps
+        if self._step * batch >= examples and self._step % every == 0:
+            visits.enter()
+            self._ranks.sum(visits.recent)
+            self._ranks.maximise(visits.classes)
+            if self._active.rest(visits.level(self._active.mask), self.config.pool * self._ranks.size):
                 self._feed.redraw()
 
     def _quality_numbers(self) -> list[float]:
@@ -570,6 +574,7 @@ class Crest(Passes):
         return {
             "place": self._feed.state_dict(),
             "active": self._active.state_dict(),
+            "visits": self._visits and self._visits.state_dict(),
             "quadratic": self._quadratic.state_dict(),
             "interval": self._interval,
             "first_curvature": self._first_curvature,
@@ -584,6 +589,8 @@ class Crest(Passes):
 
     def _load(self, state: dict[str, Any]) -> None:
         self._active.load_state_dict(state["active"])
+        if self._visits:
+            self._visits.load_state_dict(state["visits"])
         self._feed.load_state_dict(state["place"])
         self._interval, self._first_curvature = state["interval"], state["first_curvature"]
         self._source.load_state_dict(state["source"])

@@ -1,0 +1,79 @@
+"""How often examples were trained on: none is to be far ahead of the others of its class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["UNKNOWN", "Visits"]
+
+UNKNOWN = torch.iinfo(torch.int32).min  # class of an example that was not read
+
+
+class Visits:
+    """How many batches each example was in, and of which class it is.
+
+    Args:
+        examples: how many there are.
+        extra: batches by which an example may be ahead of the mean of those of its class.
+
+    Attributes:
+        counts: ``[examples]`` int32, batches that each was in, of all ranks, up to the last comparison.
+        recent: the same of this rank, since then.
+        classes: ``[examples]`` int32, each one's class as far as this rank knows; :data:`UNKNOWN` else.
+    """
+
+    def __init__(self, examples: int, extra: float) -> None:
+        self.counts = torch.zeros(examples, dtype=torch.int32)
+        self.recent = torch.zeros(examples, dtype=torch.int32)
+        self.classes = torch.full((examples,), UNKNOWN, dtype=torch.int32)
+        self._extra = extra
+        self._read: list[tuple[Tensor, Tensor]] = []  # indices and classes that have not been waited for
+
+    def count(self, indices: Tensor) -> None:
+        """Count a batch with the examples ``[m]`` (distinct ones)."""
+        self.recent[indices] += 1
+
+    def label(self, indices: Tensor, labels: Tensor | None) -> None:
+        """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. A copy, not waited for."""
+        if labels is not None:
+            self._read.append((indices, labels.to(torch.int32, copy=True)))
+
+    def enter(self) -> None:
+        """Enter the classes that were noted. Waits for the device, once."""
+        if self._read:
+            indices, labels = (torch.cat(parts) for parts in zip(*self._read, strict=True))
+            self.classes[indices] = labels.cpu()
+            self._read.clear()
+
+    def level(self, active: Tensor) -> Tensor:
+        """Tell which examples are not ahead of the others of their class.
+
+        Args:
+            active: ``[examples]`` bool, those that are compared. All whose class was not entered count as one.
+
+        Returns:
+            ``[examples]`` bool, True for the active ones in no more batches than the mean of their class and ``extra``.
+        """
+        self.counts += self.recent
+        self.recent.zero_()
+        groups = self.classes[active].unique(return_inverse=True)[1]
+        counts = self.counts[active]
+        means = groups.bincount(counts.double()) / groups.bincount()
+        found = torch.zeros_like(active)
+        found[active] = counts <= means[groups] + self._extra
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return counts and classes."""
+        self.enter()
+        return {name: values.clone() for name, values in self._tensors().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state, in place."""
+        self._read.clear()
+        for name, values in self._tensors().items():
+            values.copy_(state[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"counts": self.counts, "recent": self.recent, "classes": self.classes}
