@@ -151,9 +151,9 @@ STUDIES = {
 # What CREST is in the study, by name.
 RECIPES = {
     "default": CrestConfig(),
-    "a twentieth": CrestConfig(max_overhead=0.05, max_coreset_cost=0.5),
-    "even visits": CrestConfig(max_extra_visits=0.5),
-    "no exclusion": CrestConfig(exclude=False),
+    "any visits": CrestConfig(max_extra_visits=None),
+    "a twentieth": CrestConfig(max_overhead=0.05, max_coreset_cost=0.5, max_extra_visits=None),
+    "no exclusion": CrestConfig(exclude=False, max_extra_visits=None),
     "small proxy": CrestConfig.preset("forward", proxy_source="model", check="none", pool_size=512, weight_power=1.0),
 }
 

@@ -61,9 +61,10 @@ class CrestConfig:
         learned_interval: T2, steps (an int), or share of ``len(crest)`` (a float up to 1), over which the
             loss must stay below ``learned_loss``.
         max_extra_visits: from the second epoch on (as many examples trained on as there are), an example that was
-            in more batches than the mean of its class by more than this rests until the others have caught up: hard
-            ones are not trained on much more often than the rest, and not learned by heart; rare classes still are. The
-            mean is that of all where coresets are not picked by class, see ``stratify``. Looked at four times an epoch.
+            in more batches than the mean of those not set aside by more than this rests until the others have caught
+            up: hard ones are not trained on much more often than the rest, and not learned by heart. Those of a class
+            that is smaller than the mean class may be in as many times more as would make it as large as that; all
+            are one class where coresets are not picked by class, see ``stratify``. Looked at four times an epoch.
             None: no bound, as in the paper; streams have none. It takes 13 bytes an example.
         weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
             batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks. See ``label_noise``.
@@ -141,7 +142,7 @@ class CrestConfig:
     exclude: bool = True
     learned_loss: float = 0.1
     learned_interval: int | float = 0.2
-    max_extra_visits: float | None = None
+    max_extra_visits: float | None = 0.5
     weight_power: float = 0.5
     label_noise: float | Literal["estimated"] | None = "estimated"
     stratify: bool = True
@@ -289,6 +290,7 @@ _PAPER: dict[str, Any] = {
     "curvature_product": "double_backward",
     "learned_loss": 0.1,
     "learned_interval": 0.1,
+    "max_extra_visits": None,
     "check": "paired",
     "proxy_source": "forward",
     "weight_power": 1.0,
@@ -322,6 +324,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "check": "paired",
         "proxy_source": "forward",
         "label_noise": None,
+        "max_extra_visits": None,
         "quotas": "share",
         "max_overhead": 0.25,
         "max_coreset_cost": None,

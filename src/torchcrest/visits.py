@@ -1,4 +1,4 @@
-"""How often examples were trained on: none is to be far ahead of the others of its class."""
+"""How often examples were trained on: none is to be far ahead of the others, but for those of rare classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Visits:
 
     Args:
         examples: how many there are.
-        extra: batches by which an example may be ahead of the mean of those of its class.
+        extra: batches by which an example may be ahead.
 
     Attributes:
         counts: ``[examples]`` int32, batches that each was in, of all ranks, up to the last comparison.
@@ -47,22 +47,23 @@ class Visits:
             self._read.clear()
 
     def level(self, active: Tensor) -> Tensor:
-        """Tell which examples are not ahead of the others of their class.
+        """Tell which examples are not ahead of the others.
+
+        That is, in no more batches than the mean of the active examples and ``extra``. Those of a class that is smaller
+        than the mean class may be in as many times more as would make it as large as that.
 
         Args:
-            active: ``[examples]`` bool, those that are compared. All whose class was not entered count as one.
+            active: ``[examples]`` bool, those that are compared. All whose class was not entered are one class.
 
         Returns:
-            ``[examples]`` bool, True for the active ones in no more batches than the mean of their class and ``extra``.
+            ``[examples]`` bool, False for the others.
         """
         self.counts += self.recent
         self.recent.zero_()
-        groups = self.classes[active].unique(return_inverse=True)[1]
-        counts = self.counts[active]
-        means = groups.bincount(counts.double()) / groups.bincount()
-        found = torch.zeros_like(active)
-        found[active] = counts <= means[groups] + self._extra
-        return found
+        _, classes, sizes = self.classes.unique(return_inverse=True, return_counts=True)
+        oftener = (sizes.double().mean() / sizes).clamp(min=1)
+        mean = self.counts[active].double().mean()
+        return active & (self.counts <= (mean * oftener + self._extra)[classes])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts and classes."""
