@@ -7,9 +7,10 @@ examples has a process of its own, and all of them take turns; seconds are of th
 - ``start_up``: from constructing Crest to the first batch.
 - ``step``: after that, a tenth of the median region: drawing, measuring, selection, check and training; and the mean,
   in which new passes count.
-- ``exclude``: the end of an interval of exclusion, at which alone all examples are looked at. No region timed has one.
+- ``exclude``: the end of an interval of exclusion, at which all examples are looked at. No region timed has one.
+- ``rest``: the comparison of how often examples were in a batch, four times an epoch. No region timed has one.
 - ``peak``: bytes of resident memory, at the most, above what the process held before Crest was made; the end of an
-  interval included.
+  interval and a comparison included.
 
 ``--memory``: a wide perceptron of a few million parameters, Crest against random batches, each in a process of its
 own; how much larger Crest's peak is, beside ``3 x trainable parameters + the region's data + 16 bytes an example``.
@@ -97,7 +98,12 @@ def grow(examples: int, steps: int, repeat: int) -> dict[str, Any]:
     peak = PeakMemory(torch.device("cpu"))
     before = peak.read() or 0
     config = CrestConfig.preset(
-        "forward", tolerance=1e-9, interval_scale=REGION, curvature="first_order", learned_interval=steps - REGION
+        "forward",
+        tolerance=1e-9,
+        interval_scale=REGION,
+        curvature="first_order",
+        learned_interval=steps - REGION,
+        max_extra_visits=0.5,
     )
     stamps: list[float] = [time.thread_time()]
     crest = Crest(model, data, config, steps=steps)
@@ -106,6 +112,11 @@ def grow(examples: int, steps: int, repeat: int) -> dict[str, Any]:
     close = time.thread_time()
     crest._active.close_interval(config.learned_loss, config.pool)
     close = time.thread_time() - close
+    assert crest._visits
+    rest = time.thread_time()
+    crest._visits.enter()
+    crest._active.rest(crest._visits.level(crest._active.mask, crest._visits.counts), config.pool)
+    rest = time.thread_time() - rest
     return {
         "examples": examples,
         "repeat": repeat,
@@ -115,6 +126,7 @@ def grow(examples: int, steps: int, repeat: int) -> dict[str, Any]:
         "step": statistics.median(regions),
         "step_mean": statistics.fmean(regions),
         "exclude": close,
+        "rest": rest,
         "peak": (peak.read() or 0) - before,
     }
 
@@ -211,7 +223,7 @@ def main() -> None:
 def _report_growth(records: list[dict[str, Any]], sizes: list[int]) -> None:
     print(
         f"{'examples':>10} {'start-up s':>10} {'step ms':>8} {'ratio':>20} {'mean':>20} "
-        f"{'exclude ms':>10} {'bytes each':>10}"
+        f"{'exclude ms':>10} {'rest ms':>10} {'bytes each':>10}"
     )
     turns = {size: [record for record in records if record["examples"] == size] for size in sizes}
     base = turns[sizes[0]]
@@ -223,10 +235,10 @@ def _report_growth(records: list[dict[str, Any]], sizes: list[int]) -> None:
     for size, group in turns.items():
         start = statistics.median(own["start_up"] - first["start_up"] for own, first in zip(group, base, strict=True))
         peak = statistics.median(own["peak"] - first["peak"] for own, first in zip(group, base, strict=True)) / size
-        step, close = (1000 * statistics.median(own[key] for own in group) for key in ("step", "exclude"))
+        step, close, rest = (1000 * statistics.median(own[key] for own in group) for key in ("step", "exclude", "rest"))
         print(
             f"{size:>10,} {start:>10.3f} {step:>8.2f} {against(group, 'step'):>20} {against(group, 'step_mean'):>20} "
-            f"{close:>10.1f} {peak:>10.1f}"
+            f"{close:>10.1f} {rest:>10.1f} {peak:>10.1f}"
         )
 
 

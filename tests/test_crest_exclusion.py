@@ -135,7 +135,7 @@ class TestVisits:
         crest, trace = self.run(max_extra_visits=0.5, exclude=True)
         assert crest.stats.active < 300
         assert crest._visits
-        assert torch.equal(crest._visits.counts + crest._visits.recent, self.visits(trace))
+        assert torch.equal(crest._visits.counts, self.visits(trace))
 
     @pytest.mark.parametrize("bound", [None, 1e-9], ids=["coresets", "random batches"])
     def test_knows_the_classes_of_what_was_read(self, bound: float | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchcrest import visits as module
 from torchcrest.visits import UNKNOWN, Visits
 
 EVERY = torch.ones(4, dtype=torch.bool)
@@ -29,8 +31,9 @@ def visited(extra: float, batches: list[list[int]], classes: list[int] | None = 
         st.tuples(st.integers(0, 6), st.booleans(), st.sampled_from([None, -100, 0, 7])), min_size=1, max_size=30
     ).filter(lambda some: any(here for _, here, _ in some)),
     st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    st.sampled_from([1, 7, 1000]),
 )
-def test_rare_classes_may_come_oftener(examples: list[tuple[int, bool, int | None]], extra: float) -> None:
+def test_rare_classes_may_come_oftener(examples: list[tuple[int, bool, int | None]], extra: float, block: int) -> None:
     visits = Visits(len(examples), extra)
     for i, (count, _, label) in enumerate(examples):
         for _ in range(count):
@@ -46,29 +49,37 @@ def test_rare_classes_may_come_oftener(examples: list[tuple[int, bool, int | Non
 
     expected = [here and count <= bound(label) + 1e-9 for count, here, label in examples]
     active = torch.tensor([here for _, here, _ in examples])
-    assert visits.level(active).tolist() == expected
-    assert visits.level(active).tolist() == expected, "nothing has changed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        assert visits.level(active, visits.counts).tolist() == expected
 
 
 def test_a_large_class_may_not() -> None:
     visits = visited(0.4, [[0, 3]] * 3 + [[1]], classes=[5, 5, 5, 6])  # mean 7 / 4; half a mean class: 7 / 2
-    assert visits.level(EVERY).tolist() == [False, True, True, True]
+    assert visits.level(EVERY, visits.counts).tolist() == [False, True, True, True]
     visits.count(torch.tensor([3]))  # mean 2
-    assert visits.level(EVERY).tolist() == [False, True, True, True]
+    assert visits.level(EVERY, visits.counts).tolist() == [False, True, True, True]
     visits.count(torch.tensor([3]))  # mean 9 / 4
-    assert visits.level(EVERY).tolist() == [False, True, True, False]
+    assert visits.level(EVERY, visits.counts).tolist() == [False, True, True, False]
+
+
+def test_other_ranks_batches_count() -> None:
+    visits = visited(0.4, [[0, 1]])
+    assert visits.level(EVERY, torch.tensor([1, 1, 1, 2])).tolist() == [True, True, True, False]
 
 
 def test_the_others_catch_up() -> None:
     visits = visited(0.4, [[0, 1]])
-    assert visits.level(EVERY).tolist() == [False, False, True, True]
+    assert visits.level(EVERY, visits.counts).tolist() == [False, False, True, True]
     visits.count(torch.tensor([2]))
-    assert visits.level(EVERY).tolist() == [True, True, True, True]
+    assert visits.level(EVERY, visits.counts).tolist() == [True, True, True, True]
 
 
 def test_only_active_ones_count() -> None:
     visits = visited(0.4, [[0, 1], [0, 1, 2]])
-    assert visits.level(torch.tensor([True, True, True, False])).tolist() == [True, True, True, False], "mean 5 / 3"
+    assert visits.level(torch.tensor([True, True, True, False]), visits.counts).tolist() == [True, True, True, False], (
+        "mean 5 / 3"
+    )
 
 
 def test_labels_are_copied() -> None:
@@ -82,7 +93,7 @@ def test_labels_are_copied() -> None:
 
 def test_state_round_trip() -> None:
     visits, other = visited(0.4, [[0, 1]]), Visits(4, 0.4)
-    visits.level(EVERY)
+    visits.level(EVERY, visits.counts)
     visits.count(torch.tensor([2]))
     visits.count(torch.tensor([2]))
     visits.label(torch.tensor([2, 3]), torch.tensor([1, 1]))
@@ -90,4 +101,4 @@ def test_state_round_trip() -> None:
     visits.count(torch.tensor([3]))  # the state is a copy
     other.load_state_dict(state)
     assert other.classes.tolist() == [UNKNOWN, UNKNOWN, 1, 1], "noted, not yet entered"
-    assert other.level(EVERY).tolist() == [True, True, False, True], "mean 1"
+    assert other.level(EVERY, other.counts).tolist() == [True, True, False, True], "mean 1"

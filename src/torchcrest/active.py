@@ -81,7 +81,7 @@ class ActiveSet:
         self.mask &= learned.logical_not_()
         self.count -= count
         if self.drawn is not self.mask:
-            self._draw(self.drawn & self.mask, least)
+            self.rest(self.drawn & self.mask, least)
         self.largest.fill_(-torch.inf)
         return count
 
@@ -95,12 +95,10 @@ class ActiveSet:
         Returns:
             Whether others are drawn than before.
         """
-        before = self.drawn.clone()
-        self._draw(ready, least)
-        return not self.drawn.equal(before)
-
-    def _draw(self, ready: Tensor, least: int) -> None:
-        self.drawn.copy_(ready if int(ready.count_nonzero()) >= least else self.mask)
+        chosen = ready if int(ready.count_nonzero()) >= least else self.mask
+        changed = not chosen.equal(self.drawn)
+        self.drawn.copy_(chosen)
+        return changed
 
     def _keep_lowest(self, learned: Tensor, room: int) -> None:
         """Clear all but the lowest losses, in place; no list of examples is made, which takes more than they do."""

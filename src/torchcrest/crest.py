@@ -506,17 +506,19 @@ class Crest(Passes):
         self._log("exclude", excluded=excluded, active=self._active.count, stopped=self._active.stopped)
 
     def _rest(self) -> None:
-        """Let those rest that are ahead of their class, four times an epoch and from the second one on."""
+        """Let those rest that were in more batches than the others, four times an epoch and from the second one on."""
         visits, examples = self._visits, self.examples
         if visits is None or examples is None:
             return
         batch = self.config.batch_size * self._ranks.size
         every = max(1, examples // (RESTS * batch))  # steps
         if self._step * batch >= examples and self._step % every == 0:
-            visits.enter()
-            self._ranks.sum(visits.recent)
-            self._ranks.maximise(visits.classes)
-            if self._active.rest(visits.level(self._active.mask), self.config.pool * self._ranks.size):
+            with self._charged("selecting", 0):
+                visits.enter()
+                self._ranks.maximise(visits.classes)
+                level = visits.level(self._active.mask, self._ranks.summed(visits.counts))
+                changed = self._active.rest(level, self.config.pool * self._ranks.size)
+            if changed:
                 self._feed.redraw()
 
     def _quality_numbers(self) -> list[float]:

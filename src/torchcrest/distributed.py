@@ -83,17 +83,18 @@ class Ranks:
 
     def maximise(self, values: Tensor) -> None:
         """Put the largest of the ranks' values in the place of each, in place."""
-        self._combine(values, dist.ReduceOp.MAX)
-
-    def sum(self, values: Tensor) -> None:
-        """Put the sum of the ranks' values in the place of each, in place."""
-        self._combine(values, dist.ReduceOp.SUM)
-
-    def _combine(self, values: Tensor, op: Any) -> None:
         if self.size > 1:
             there = values.to(self._device())
-            self._reduce(there, op)
+            self._reduce(there, dist.ReduceOp.MAX)
             values.copy_(there)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Return the sum of the ranks' values; of one process alone, its own."""
+        if self.size == 1:
+            return values
+        there = values.to(self._device(), copy=True)
+        self._reduce(there, dist.ReduceOp.SUM)
+        return there.to(values.device)
 
     def spread(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """Return of each tensor the mean over the ranks, sharded as its parameter is; of whole ones, its own."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = ["UNKNOWN", "Visits"]
 
+BLOCK = 1 << 17  # examples looked at together; all at once would take several times the memory of what is held
 UNKNOWN = torch.iinfo(torch.int32).min  # class of an example that was not read
 
 
@@ -18,21 +19,19 @@ class Visits:
         extra: batches by which an example may be ahead.
 
     Attributes:
-        counts: ``[examples]`` int32, batches that each was in, of all ranks, up to the last comparison.
-        recent: the same of this rank, since then.
+        counts: ``[examples]`` int32, batches of this rank that each was in.
         classes: ``[examples]`` int32, each one's class as far as this rank knows; :data:`UNKNOWN` else.
     """
 
     def __init__(self, examples: int, extra: float) -> None:
         self.counts = torch.zeros(examples, dtype=torch.int32)
-        self.recent = torch.zeros(examples, dtype=torch.int32)
         self.classes = torch.full((examples,), UNKNOWN, dtype=torch.int32)
         self._extra = extra
         self._read: list[tuple[Tensor, Tensor]] = []  # indices and classes that have not been waited for
 
     def count(self, indices: Tensor) -> None:
         """Count a batch with the examples ``[m]`` (distinct ones)."""
-        self.recent[indices] += 1
+        self.counts[indices] += 1
 
     def label(self, indices: Tensor, labels: Tensor | None) -> None:
         """Note the classes ``[n]`` of the examples ``[n]``, None where there are none. A copy, not waited for."""
@@ -46,7 +45,7 @@ class Visits:
             self.classes[indices] = labels.cpu()
             self._read.clear()
 
-    def level(self, active: Tensor) -> Tensor:
+    def level(self, active: Tensor, counts: Tensor) -> Tensor:
         """Tell which examples are not ahead of the others.
 
         That is, in no more batches than the mean of the active examples and ``extra``. Those of a class that is smaller
@@ -54,16 +53,22 @@ class Visits:
 
         Args:
             active: ``[examples]`` bool, those that are compared. All whose class was not entered are one class.
+            counts: ``[examples]`` batches of all ranks that each was in.
 
         Returns:
             ``[examples]`` bool, False for the others.
         """
-        self.counts += self.recent
-        self.recent.zero_()
-        _, classes, sizes = self.classes.unique(return_inverse=True, return_counts=True)
-        oftener = (sizes.double().mean() / sizes).clamp(min=1)
-        mean = self.counts[active].double().mean()
-        return active & (self.counts <= (mean * oftener + self._extra)[classes])
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(active), BLOCK)]
+        names, sizes = zip(*(self.classes[block].unique(return_counts=True) for block in blocks), strict=True)
+        classes, at = torch.cat(names).unique(return_inverse=True)
+        size = at.bincount(torch.cat(sizes))
+        mean = sum(int(counts[block][active[block]].sum()) for block in blocks) / int(active.count_nonzero())
+        bounds = mean * (size.mean() / size).clamp(min=1) + self._extra
+        level = torch.zeros_like(active)
+        for block in blocks:
+            bound = bounds[torch.searchsorted(classes, self.classes[block])]
+            level[block] = active[block] & (counts[block] <= bound)
+        return level
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts and classes."""
@@ -77,4 +82,4 @@ class Visits:
             values.copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"counts": self.counts, "recent": self.recent, "classes": self.classes}
+        return {"counts": self.counts, "classes": self.classes}
