@@ -26,7 +26,7 @@ VARIANTS: dict[str, list[Any]] = {
     "stratify": [True, False],
     "quotas": ["share", "need"],
     "exclude": [True, False],
-    "max_extra_visits": [0.5, 3],
+    "max_extra_visits": [None, 3],
     "weight_power": [0.0, 0.5, 1.0],
     "measure_mode": ["eval", "batch_statistics"],
     "learned_interval": [1, 0.5],

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "signed-curvature": {"curvature": "signed"},
     "no-smoothing": {"curvature": "unsmoothed"},
     "no-exclusion": {"exclude": False},
+    "any-visits": {"max_extra_visits": None},
     "uniform-weights": {"weight_power": 0.0},
     "global-selection": {"stratify": False},
     "equal-shares": {"quotas": "share"},
