@@ -232,11 +232,16 @@ class TestBoundInCrest:
         shares = [run(max_overhead=limit).stats.coresets for limit in (0.2, 0.8, 3.0)]
         assert 0 < shares[0] < shares[1] < shares[2]
 
-    def test_without_a_bound_each_step_has_a_coreset_of_its_own(self) -> None:
-        crest = run(57, max_overhead=None, exclude=False)  # then a region ends, so nothing is picked ahead
-        assert crest.stats.coresets == 57
+    @pytest.mark.parametrize("steps", [1, 23, 57, 60])
+    @pytest.mark.parametrize("extra", [None, 0.5])
+    def test_without_a_bound_each_step_has_a_coreset_of_its_own(self, steps: int, extra: float | None) -> None:
+        crest = run(steps, max_overhead=None, exclude=False, max_extra_visits=extra)
+        region = crest._region
+        assert region is not None
+        ahead = region.picked_at + len(region.coresets) - steps  # picked for steps after the last
+        assert crest.stats.coresets == steps
         # A pool a step, but for what a check's measurement saves; a check set a region.
-        assert crest.stats.forwarded_selecting == (57 - crest.stats.checks) * 40
+        assert crest.stats.forwarded_selecting == (steps + ahead - crest.stats.checks) * 40
         assert crest.stats.forwarded_checking == (crest.stats.regions + crest.stats.checks) * 40
 
     def test_random_batches_are_unweighted_distinct_and_not_measured(self) -> None:
