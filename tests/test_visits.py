@@ -45,7 +45,8 @@ def test_rare_classes_may_come_oftener(examples: list[tuple[int, bool, int | Non
     mean = sum(seen) / len(seen)
 
     def bound(label: int | None) -> float:
-        return mean * max(1, len(examples) / len(set(classes)) / classes.count(label)) + extra
+        times = len(examples) / len(set(classes)) / classes.count(label)
+        return mean * (times if times >= 1.5 - 1e-9 else 1) + extra
 
     expected = [here and count <= bound(label) + 1e-9 for count, here, label in examples]
     active = torch.tensor([here for _, here, _ in examples])
@@ -61,6 +62,17 @@ def test_a_large_class_may_not() -> None:
     assert visits.level(EVERY, visits.counts).tolist() == [False, True, True, True]
     visits.count(torch.tensor([3]))  # mean 9 / 4
     assert visits.level(EVERY, visits.counts).tolist() == [False, True, True, False]
+
+
+def test_nearly_even_classes_are_not_told_apart() -> None:
+    for small, rare in ((67, False), (66, True)):  # the mean class has 100
+        visits = Visits(200, 0.5)
+        visits.label(torch.arange(200), (torch.arange(200) < small).long())
+        visits.enter()
+        counts = torch.full((200,), 2)
+        counts[[0, 199]] = 3
+        level = visits.level(torch.ones(200, dtype=torch.bool), counts)
+        assert (~level).nonzero()[:, 0].tolist() == ([199] if rare else [0, 199])
 
 
 def test_other_ranks_batches_count() -> None:

@@ -63,8 +63,8 @@ class CrestConfig:
         max_extra_visits: from the second epoch on (as many examples trained on as there are), an example that was
             in more batches than the mean of those not set aside by more than this rests until the others have caught
             up: hard ones are not trained on much more often than the rest, and not learned by heart. Those of a class
-            that is smaller than the mean class may be in as many times more as would make it as large as that; all
-            are one class where coresets are not picked by class, see ``stratify``. Looked at four times an epoch.
+            under two thirds of the mean class may be in as many times more as would make it as large as that; all are
+            one class where coresets are not picked by class, see ``stratify``. Looked at four times an epoch.
             None: no bound, as in the paper; streams have none. It takes 9 bytes an example.
         weight_power: an example's weight is its cluster's size to this power, scaled to mean 1 over the
             batch. 1: the paper's; 0: uniform. The default is what trained best in our benchmarks. See ``label_noise``.

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["UNKNOWN", "Visits"]
 
 BLOCK = 1 << 17  # examples looked at together; all at once would take several times the memory of what is held
+RARE = 1.5  # times as many examples in the mean class as in a rare one; nearly even classes are better not told apart
 UNKNOWN = torch.iinfo(torch.int32).min  # class of an example that was not read
 
 
@@ -48,8 +49,8 @@ class Visits:
     def level(self, active: Tensor, counts: Tensor) -> Tensor:
         """Tell which examples are not ahead of the others.
 
-        That is, in no more batches than the mean of the active examples and ``extra``. Those of a class that is smaller
-        than the mean class may be in as many times more as would make it as large as that.
+        That is, in no more batches than the mean of the active examples and ``extra``. Those of a rare class, under two
+        thirds of the mean class, may be in as many times more as would make it as large as that.
 
         Args:
             active: ``[examples]`` bool, those that are compared. All whose class was not entered are one class.
@@ -63,7 +64,8 @@ class Visits:
         classes, at = torch.cat(names).unique(return_inverse=True)
         size = at.bincount(torch.cat(sizes))
         mean = sum(int(counts[block][active[block]].sum()) for block in blocks) / int(active.count_nonzero())
-        bounds = mean * (size.mean() / size).clamp(min=1) + self._extra
+        times = size.mean() / size
+        bounds = mean * times.where(times >= RARE, 1.0) + self._extra
         level = torch.zeros_like(active)
         for block in blocks:
             bound = bounds[torch.searchsorted(classes, self.classes[block])]
