@@ -456,6 +456,7 @@ def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in tmp_path.iterdir()} == {"s.csv", "s.png"}
     assert command("--top", "0")[::2] == (2, "error: top must be at least 1, got 0. Use for example 10.\n")
     assert command("--example", "x")[0] == 2
+    assert command("--export=scores.xls")[:2] == (2, ""), "refused before anything is told"
 
 
 def test_the_command_records(data: tuple[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,14 +205,15 @@ def _explain_run(args: Namespace, console: Console) -> None:
     if args.top < 1:
         raise ConfigError(must("top", "be at least 1", args.top, "Use for example 10."))
     lines = explain(args.folder, args.top) if args.example is None else story(args.folder, args.example)
-    for line in lines:
-        console.print(_plain(line), soft_wrap=True, highlight=False)
+    written = []  # first of all, so that what can't be written is refused before anything is told
     if args.export is not None:
         export(args.folder, args.export)
-        console.print(f"Scores: {_plain(str(args.export))}", soft_wrap=True, highlight=False)
+        written.append(f"Scores: {args.export}")
     if args.suspects is not None:
         suspect_sheet(args.folder, args.suspects, args.top)
-        console.print(f"Suspected label errors: {_plain(str(args.suspects))}", soft_wrap=True, highlight=False)
+        written.append(f"Suspected label errors: {args.suspects}")
+    for line in [*lines, *written]:
+        console.print(_plain(line), soft_wrap=True, highlight=False)
 
 
 def _select(args: Namespace, console: Console) -> None:
