@@ -257,6 +257,15 @@ def test_any_number_of_checks_can_be_drawn(runs: Path, rhos: list[float]) -> Non
     assert ("One mark stands for" in picture.caption) == (len(rhos) > 400)
 
 
+def test_a_run_without_checks_has_no_picture_of_them(only: Callable[..., Path]) -> None:
+    folder = only("crest-0.5-s0")
+    files = RunFiles(folder / "crest-0.5-s0")
+    config = files.read_config()
+    assert "checks passed" in page_of(folder)[1].text
+    files.write_config({**config, "crest": {**config["crest"], "check": "none"}})
+    assert "checks passed" not in page_of(folder)[1].text
+
+
 def told(step: int, **values: Any) -> dict[str, Any]:
     """Make an event of a gradient of norm 0.3, of batches of 16 out of 48."""
     event = {"event": "quality", "step": step, "gradient_norm": 0.3, "bias": 0.05, "deviation": 0.3, "bounded": True}

@@ -206,10 +206,9 @@ def _inside(runs: Sequence[Finished]) -> list[Picture]:
     short_ones = {cell: group for cell, group in groups.items() if not find_method(cell[0]).whole}
     aside = "Full training, which only trains, is left out." if len(groups) > len(short_ones) > 0 else ""
     drawn = [spending([(label(*cell), spent(group)) for cell, group in (short_ones or groups).items()], aside)]
-    drawn += [checks(group[0], label(*cell)) for cell, group in groups.items() if cell[0] == "crest"]
-    drawn += [
-        picture for cell, group in groups.items() if cell[0] == "crest" and (picture := quality(group[0], label(*cell)))
-    ]
+    of_crest = [(group[0], label(*cell)) for cell, group in groups.items() if cell[0] == "crest"]
+    drawn += [checks(run, words) for run, words in of_crest if run.config["crest"]["check"] != "none"]
+    drawn += [picture for run, words in of_crest if (picture := quality(run, words))]
     data = data_in_use([Curve(cell[0], label(*cell), group) for cell, group in groups.items()])
     return [*drawn, *([data] if data else [])]
 
