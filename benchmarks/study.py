@@ -40,7 +40,6 @@ from torchcrest.train.verdict import Difference, bootstrap
 Arrays = dict[str, NDArray[Any]]
 
 HELD_OUT = 0.1
-TUNED_AT = 0.1  # budget at which rates are chosen, where none is asked for
 SEEDS = 5
 TUNED_WITH = 1000  # seed, no other run has it
 PAIRS = 20_000  # sentence pairs of the small text task
@@ -408,7 +407,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["random", "infobatch", "crest"])
     parser.add_argument("--recipe", default="default", choices=list(RECIPES))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
-    parser.add_argument("--tuned-at", type=float, default=TUNED_AT, help="budget at which rates are chosen")
+    parser.add_argument("--tuned-at", type=float, default=0.1, help="budget at which rates are chosen")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path)

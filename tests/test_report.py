@@ -250,6 +250,7 @@ def test_any_number_of_checks_can_be_drawn(runs: Path, rhos: list[float]) -> Non
         {"event": "check", "step": k, "rho": x, "passed": x < 0.02} for k, x in enumerate(rhos)
     ]
     picture = checks(replace(run, events=[region, *found], summary={**run.summary, "steps": 5000}), "crest")
+    assert picture is not None
     finite = [x for x in rhos if math.isfinite(x)]
     assert f"{sum(x < 0.02 for x in finite)} of {len(finite)} checks passed; regions: 1" in picture.caption
     marks = picture.svg.count("<use")

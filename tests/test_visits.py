@@ -46,7 +46,7 @@ def test_rare_classes_may_come_oftener(examples: list[tuple[int, bool, int | Non
 
     def bound(label: int | None) -> float:
         times = len(examples) / len(set(classes)) / classes.count(label)
-        return mean * (times if times >= 1.5 - 1e-9 else 1) + extra
+        return mean * (times if times >= 1.5 else 1) + extra
 
     expected = [here and count <= bound(label) + 1e-9 for count, here, label in examples]
     active = torch.tensor([here for _, here, _ in examples])

@@ -231,13 +231,18 @@ def spending(rows: Sequence[tuple[str, Mapping[str, float]]], aside: str = "") -
     return Picture(svg, title, f"Beside a bar: its seconds, and the share that is not training. {aside}".strip())
 
 
-def checks(run: Finished, label: str) -> Picture:
+def checks(run: Finished, label: str) -> Picture | None:
     """Draw the checks of a CREST run against the tolerance, and its intervals.
 
     Args:
         run: of ``crest``.
         label: of the runs it stands for.
+
+    Returns:
+        The figure; None where the run was to make no checks.
     """
+    if run.config["crest"]["check"] == "none":
+        return None
     tolerance, steps, ink = run.config["crest"]["tolerance"], run.summary["steps"], INKS["m-crest"]
     regions = [e for e in run.events if e["event"] == "region"]
     made = [e for e in run.events if e["event"] == "check" and math.isfinite(e["rho"])]

@@ -207,8 +207,7 @@ def _inside(runs: Sequence[Finished]) -> list[Picture]:
     aside = "Full training, which only trains, is left out." if len(groups) > len(short_ones) > 0 else ""
     drawn = [spending([(label(*cell), spent(group)) for cell, group in (short_ones or groups).items()], aside)]
     of_crest = [(group[0], label(*cell)) for cell, group in groups.items() if cell[0] == "crest"]
-    drawn += [checks(run, words) for run, words in of_crest if run.config["crest"]["check"] != "none"]
-    drawn += [picture for run, words in of_crest if (picture := quality(run, words))]
+    drawn += [picture for draw in (checks, quality) for run in of_crest if (picture := draw(*run))]
     data = data_in_use([Curve(cell[0], label(*cell), group) for cell, group in groups.items()])
     return [*drawn, *([data] if data else [])]
 
